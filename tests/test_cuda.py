@@ -335,8 +335,9 @@ def test_kernels_compile_without_contraction(compiled, variant):
 def test_cluster_kernels_compile_without_contraction(compiled, layout, blocks, units_per_lane, input_units_per_lane):
     from eventrnn.cuda.kernels.cluster import cluster_kernel
 
-    clocked = single = not input_units_per_lane
-    ptx = compiled(cluster_kernel(layout, layout, blocks, units_per_lane, input_units_per_lane, single, clocked))
+    clocked = not input_units_per_lane
+    per_lane = units_per_lane, input_units_per_lane
+    ptx = compiled(cluster_kernel(layout, layout, blocks, *per_lane, int(clocked), not clocked, clocked))
     check_ptx(ptx)
     assert ("%clock64" in ptx) == clocked
     assert ptx.count("st.async.shared::cluster") == blocks

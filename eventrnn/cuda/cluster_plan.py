@@ -38,6 +38,9 @@ STRIP, STRIP_FAR = 500, 300
 # Latency of updating the cells of a tile.
 CELLS = 450
 
+# The same latencies where a warp has one strip.
+STREAM_STRIP, STREAM_CELLS, STREAM_ISSUE = 300, 250, 60
+
 # Issue slots of a multiprocessor that a strip and the cells of a tile take from other warps.
 STRIP_ISSUE, CELLS_ISSUE = 65, 100
 
@@ -83,16 +86,16 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
         while samples:
             found = _lay_out(roles, size, samples, per_lane, chip)
             if found is not None:
-                layers, warps, strips = found
+                layers, warps, strips, together = found
                 groups = min(max_groups, -(-batch // samples))
-                cost = _cost(shapes, layers, samples, warps, strips) * -(-batch // (groups * samples))
+                cost = _cost(shapes, layers, samples, warps, strips, together) * -(-batch // (groups * samples))
                 if best is None or cost < best[0]:
-                    best = cost, size, samples, groups, warps, layers, strips <= warps
+                    best = cost, size, samples, groups, warps, layers, together
                 break
             samples //= 2
     if best is None:
         return None
-    _, size, samples, groups, warps, layers, single = best
+    _, size, samples, groups, warps, layers, together = best
     table = []
     # Lower layers come first, because they never wait for layers above.
     for number, ((shape, _), layer) in enumerate(zip(roles, layers, strict=True)):
@@ -106,13 +109,7 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
                     row[field] = offset
                 table.append(row)
     shared = max(layer.shared for layer in layers)
-    parts = zip(roles, layers, strict=True)
-    single &= samples == 1 and all(
-        layer.offsets[tables.CAPACITY] == LANES * per_lane[0] and np.diff(m.begins).min() > 0
-        for (shape, m), layer in parts
-        if m is shape.w_rec
-    )
-    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane, single)
+    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane, together)
 
 
 def tile_bounds(tiles: int, size: int) -> np.ndarray:
@@ -141,27 +138,31 @@ def units_per_lane_of(matrices: Sequence[CompactStrips]) -> int:
 
 def _lay_out(
     roles: Sequence[tuple[ClusterShape, CompactStrips]], size: int, samples: int, per_lane: tuple[int, int], chip: Chip
-) -> tuple[list[LayerPlan], int, int] | None:
+) -> tuple[list[LayerPlan], int, int, int] | None:
     """Place the roles on clusters of `size` blocks; None if shared memory is too small.
 
     Recurrent weights, input weights or both go to shared memory if those of all layers fit; recurrent ones come first.
-    Returns the placements, the warps per block and the strips of the block that has most.
+    Returns the placements, the warps per block, the strips of the block that has most, and `Plan.together`.
     """
     owned = [
         [strips_of(shape.units, begin, end - begin) for begin, end in _pairs(tile_bounds(shape.tiles, size))]
         for shape, _ in roles
     ]
     strips = max(sum(end - begin for begin, end in block) for blocks in owned for block in blocks)
-    # The fewest warps with which no warp has more strips than with CLUSTER_WARPS.
-    warps = -(-strips // -(-strips // CLUSTER_WARPS))
+    lengths = [np.diff(shape.w_rec.begins) for shape, matrix in roles if matrix is shape.w_rec]
+    one_chunk = all(0 < each.min() and each.max() <= LANES * per_lane[0] for each in lengths)
+    together = min(samples, CLUSTER_WARPS // strips) if one_chunk else 0
+    # Where a warp has several strips: the fewest warps with which none has more than with CLUSTER_WARPS.
+    warps = together * strips or -(-strips // -(-strips // CLUSTER_WARPS))
     for near_rec, near_in in ((True, True), (True, False), (False, True), (False, False)):
         placed = []
         for (shape, matrix), blocks in zip(roles, owned, strict=True):
             is_input = matrix is shape.w_in
             near = (near_rec, near_in)[is_input]
-            placed.append(_lay_out_role(shape, matrix, blocks, size, samples, per_lane[is_input], warps, near))
+            alone = 0 if is_input else together
+            placed.append(_lay_out_role(shape, matrix, blocks, size, samples, per_lane[is_input], warps, near, alone))
         if max(each.shared for each in placed) <= chip.shared_bytes:
-            return placed, warps, strips
+            return placed, warps, strips, together
     return None
 
 
@@ -178,6 +179,7 @@ def _lay_out_role(
     per_lane: int,
     warps: int,
     near: bool,
+    together: int,
 ) -> LayerPlan:
     """Place one role of a layer.
 
@@ -186,6 +188,7 @@ def _lay_out_role(
     size     : blocks per cluster
     per_lane : units that a lane gathers together
     near     : whether the weights are in shared memory
+    together : `Plan.together`, 0 for the role INPUT
     """
     tiles = int(np.diff(tile_bounds(shape.tiles, size)).max())
     strips = max(sum(end - begin for begin, end in gates) for gates in blocks)
@@ -200,11 +203,11 @@ def _lay_out_role(
         tables.AT_STRIPS: 32 + 16 * strips,
         tables.AT_BIAS: TILE_BYTES * strips,
         tables.AT_THRESHOLD: TILE_BYTES * tiles,
-        tables.AT_SUMS_IN: 2 * TILE_BYTES * strips,
-        tables.AT_SUMS_REC: 4 * TILE_BYTES * (strips + 1),
+        tables.AT_SUMS_IN: 0 if together else 2 * TILE_BYTES * strips,
+        tables.AT_SUMS_REC: 4 * TILE_BYTES * max(1, together) * (strips + 1),
         tables.AT_CELLS: TILE_BYTES * samples * tiles,
         tables.AT_HITS: tables.HIT_BYTES * (chunk + tables.LIST_PAD) * warps,
-        tables.AT_UNITS: 4 * capacity * strips,
+        tables.AT_UNITS: 0 if together else 4 * capacity * strips,
         tables.AT_ROWS: LANES * matrix.rows.itemsize * entries * near,
     }
     offsets, at = {tables.CAPACITY: capacity}, 0
@@ -214,13 +217,22 @@ def _lay_out_role(
     return LayerPlan(tiles, layout, layout, at, offsets)
 
 
-def _cost(shapes: Sequence[ClusterShape], layers: Sequence[LayerPlan], samples: int, warps: int, strips: int) -> float:
+def _cost(
+    shapes: Sequence[ClusterShape], layers: Sequence[LayerPlan], samples: int, warps: int, strips: int, together: int
+) -> float:
     """Estimated cycles of a step.
 
-    strips : strips of the block that has most
+    strips   : strips of the block that has most
+    together : `Plan.together`
     """
     widest, tiles = max(shape.tiles for shape in shapes), max(layer.tiles for layer in layers)
     far = not layers[-1].layout_rec & tables.RESIDENT
+    if together:
+        # The cells and the exchange of a turn go on while other samples take theirs.
+        issue = together * (strips * STREAM_ISSUE + tiles * CELLS_ISSUE)
+        turn = max(STREAM_STRIP + STRIP_FAR * far, issue)
+        apart = STREAM_CELLS + EXCHANGE + EXCHANGE_TILE * widest
+        return max(apart + turn, -(-samples // together) * turn)
     # One turn is one sample of a block. It takes as long as the longest chain of latencies of a warp, or as all its
     # instructions take to issue.
     latency = -(-strips // warps) * (STRIP + STRIP_FAR * far) + -(-tiles // warps) * CELLS

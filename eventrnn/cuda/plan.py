@@ -111,7 +111,8 @@ class Plan:
     blocks   : (blocks, tables.BLOCK_FIELDS) int64, the block table of the first `groups * samples` samples
     cluster  : blocks per cluster; 0 without clusters
     units_per_lane : units that a lane of a cluster gathers together, in recurrent strips and in input strips
-    single_strips : whether recurrent clusters have one sample, and their warps at most one strip each, of one chunk
+    together : samples that recurrent clusters compute together, each with a warp per strip of a block, where strips are of
+               one chunk (`kernels/cluster_stream.py`); 0 where a warp may have several strips, or strips several chunks
     """
 
     layers: tuple[LayerPlan, ...]
@@ -123,7 +124,7 @@ class Plan:
     blocks: np.ndarray
     cluster: int = 0
     units_per_lane: tuple[int, int] = (0, 0)
-    single_strips: bool = False
+    together: int = 0
 
     @property
     def single(self) -> bool:

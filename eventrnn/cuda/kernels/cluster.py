@@ -123,7 +123,8 @@ def cluster_kernel(
     blocks: int,
     units_per_lane: int,
     units_per_lane_in: int,
-    single: bool = False,
+    together: int = 0,
+    several: bool = True,
     clocked: bool = False,
 ):
     """The kernel of the cluster plan and its signature.
@@ -132,8 +133,9 @@ def cluster_kernel(
     blocks             : blocks per cluster: 1, 2, 4, 8 or 16
     units_per_lane     : units that a lane gathers together in recurrent strips
     units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
-    single             : recurrent clusters have one sample, and a warp at most one strip, of one chunk
-                         (`plan.Plan.single_strips`): their turns are those of `cluster_stream.py`
+    together           : samples that take a turn of `cluster_stream.py` together, where a warp of a recurrent cluster
+                         has one strip (`plan.Plan.together`); 0 for the turns below
+    several            : a cluster may have more samples than one
     clocked            : measure the phases of a turn (`tables.TURN_PHASES`), which costs time itself
     """
     has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
@@ -162,12 +164,14 @@ def cluster_kernel(
             store_async(int32(block + offset), word, int32(block + barrier))
 
     functions = wait_for_phase, poll_drive, broadcast_tile, cycles
-    stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
+    stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, max(1, together), several, functions)
 
     @device_function
-    def load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, chunk, beyond, thread, threads):
+    def load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, listed, chunk, beyond, thread, threads):
         """Fill `strips`, `units`, `bias` and, if `in_shared`, `rows` of this block, one gate after the other.
 
+        listed : whether `units` is filled; otherwise an entry of `strips` begins with the strip's first entry in
+                 `packing.CompactStrips` and the number of its units
         chunk  : units of a chunk, to a multiple of which the units of a strip are padded
         beyond : byte offset of the padding: of the zero after a row of y, or -1 for a row of an event log
         """
@@ -207,13 +211,15 @@ def cluster_kernel(
                 units = int32(capacity * (slot + strip))
                 if lane == 0:
                     entry = int32(8 + 4 * (slot + strip))
-                    strips[entry], strips[entry + 1] = int32(base + 4 * units), int32((reached + chunk - 1) // chunk)
+                    strips[entry], strips[entry + 1] = int32(own), reached
+                    if listed:
+                        strips[entry], strips[entry + 1] = int32(base + 4 * units), int32((reached + chunk - 1) // chunk)
                     strips[entry + 2] = int32(own)
                     if in_shared:
                         strips[entry + 2] = int32(at + own - row)
                     strips[entry + 3] = int32(32 * (begin + strip))
                 unit = lane
-                while unit < capacity:
+                while listed and unit < capacity:
                     offset = int32(beyond)
                     if unit < reached:
                         offset = source[own + unit]
@@ -251,11 +257,11 @@ def cluster_kernel(
         bias_at = int32(base + int32(block[tables.AT_BIAS]) + 4 * lane)
         steps32, max_polls = int32(steps), int32(MAX_POLLS)
         samples, tiles = in_all_lanes(samples), in_all_lanes(tiles)
-        in_shared, chunk, beyond = resident, int32(LANES * units_per_lane), row_size
+        in_shared, chunk, beyond, listed = resident, int32(LANES * units_per_lane), row_size, together == 0
         if has_input_clusters and input_log != 0:
-            in_shared, chunk, beyond = resident_in, int32(LANES * units_per_lane_in), int32(-1)
+            in_shared, chunk, beyond, listed = resident_in, int32(LANES * units_per_lane_in), int32(-1), True
         hits_at = int32(base + int32(block[tables.AT_HITS]) + tables.HIT_BYTES * (chunk + tables.LIST_PAD) * warp)
-        load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, chunk, beyond, thread, threads)
+        load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, listed, chunk, beyond, thread, threads)
         if input_log == 0:
             copy_to_shared(
                 shared + block[tables.AT_THRESHOLD],
@@ -343,7 +349,7 @@ def cluster_kernel(
                 if column >= first_column and column - first_column < last_unit - first_unit:
                     store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
                 slot = int32(slot + warps)
-        elif single:
+        elif together:
             stream_turns(layer, block, base, rows_from, first, steps32, batch, faults_at, thread)
         else:
             gates_size = int32(TILE_BYTES * (strips + 1))

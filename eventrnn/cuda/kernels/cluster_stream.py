@@ -1,12 +1,18 @@
-"""The turns of a recurrent cluster of one sample whose warps have one strip each: the shortest way through a step.
+"""The turns of a recurrent cluster whose warps have one strip each: the shortest way through a step of few streams.
 
 A step of one stream is a chain of latencies: outputs travel, a warp gathers those that reach its strip, adds their
 weights, evaluates a gate, and a warp per tile updates the cells. So nothing here is a loop or a branch that need not be
-one, and what does not change stays in registers: units of the strip, bias, cells and thresholds. What a step needs from
-global memory is loaded, and the barrier of the step before made ready, while the outputs of the step before travel.
+one, and what does not change stays in registers: units of the strip, bias, and for one sample cells and thresholds. What
+a step needs from global memory is loaded, and the barrier of the step before made ready, while the outputs of the step
+before travel.
+
+A turn is a step of `together` samples, each of which has a team of warps, one per strip of the block. A cluster of
+several samples takes its turns one after the other, so that outputs of one sample travel while the others are computed;
+other warps update the cells of the next turn, while those of this turn do.
 
 Arrays, barriers and arithmetic are those of `cluster.py`, which this is a part of. Every warp computes a strip; those
-of a block with fewer strips than warps compute its last strip again, and write it where nothing is read.
+of a block with fewer strips than warps per team compute its last strip again, and write it where nothing is read. Teams
+without a sample compute the last one again, and update no cells.
 """
 
 from __future__ import annotations
@@ -17,12 +23,10 @@ from numba import int32, int64
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.gather_product import (
-    append_hit,
-    event_flag,
-    load_offset,
     load_output,
-    make_hit_offsets,
     make_hit_product,
+    make_list_hits,
+    make_load_units,
     make_unrolled,
     row_bytes_of,
 )
@@ -48,19 +52,36 @@ from eventrnn.cuda.tables import LANES
 TILE_BYTES = 4 * LANES
 
 
-def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool, functions):
+def make_quotient(below: int):
+    """The device function quotient(value, divisor): their quotient without its fraction, if that is below `below`."""
+
+    @device_function
+    def quotient(value, divisor):
+        found = int32(0)
+        for k in range(1, below):
+            found = int32(found + int32(value >= int32(k * divisor)))
+        return found
+
+    return quotient
+
+
+def make_stream_turns(
+    layout: int, units_per_lane: int, has_input_clusters: bool, together: int, several: bool, functions
+):
     """The device function stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread).
 
+    together    : samples of a turn
+    several     : a cluster may have more samples than one; `together` is 1 otherwise
     base        : address of shared memory
     values_from : where the block's rows of weights begin, plus the lane's offset in a row
-    first       : the sample
+    first       : the first sample
     thread      : the number of this thread, from where the compiler does not read it again in every turn
     functions   : the device functions wait_for_phase, poll_drive, broadcast_tile and cycles of `cluster.py`
     """
     wait_for_phase, poll_drive, broadcast_tile, cycles = functions
     row_bytes, hit_product = row_bytes_of(layout), make_hit_product(layout, reached=True)
-    hit_offsets = make_hit_offsets(units_per_lane)
-    load_offsets = make_unrolled(load_offset, units_per_lane, np.int32(0))
+    load_units, team_of = make_load_units(units_per_lane), make_quotient(together)
+    list_hits = make_list_hits(layout, units_per_lane)
     load_outputs = make_unrolled(load_output, units_per_lane, np.float32(0))
 
     @device_function
@@ -70,15 +91,24 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
         lanes_below = int32((int32(1) << lane) - 1)
         n, tiles, tile = int32(layer[tables.UNITS]), int32(block[tables.TILES]), int32(block[tables.TILE])
         row_size = int32(block[tables.ALL_TILES]) * int32(TILE_BYTES)
-        max_polls = int32(MAX_POLLS)
-        # The strip of this warp.
+        max_polls, samples = int32(MAX_POLLS), int32(1)
+        if several:
+            samples = cuda.shfl_sync(FULL_WARP, int32(block[tables.SAMPLES]), int32(0))
+        # The strip of this warp, and the number of its team.
         strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
         strips, _, _, _ = load_shared4(int32(strips_at - 32))
         shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
-        slot = min(warp, int32(strips - 1))
-        units_at, _, row, column = load_shared4(int32(strips_at + 16 * slot))
-        own_units = int32(units_at + 4 * units_per_lane * lane)
-        o0, o1, o2, o3, o4, o5, o6 = load_offsets(own_units, (0, 4, 8, 12, 16, 20, 24))
+        warps, team, member = int32(cuda.blockDim.x) >> int32(5), int32(0), warp
+        slots = warps
+        if together > 1:
+            slots = int32(warps // together)
+            team = team_of(warp, slots)
+            member = int32(warp - team * slots)
+        slot = min(member, int32(strips - 1))
+        own, reached, row, column = load_shared4(int32(strips_at + 16 * slot))
+        o0, o1, o2, o3, o4, o5, o6 = load_units(
+            layer[tables.UNITS_OF] + int64(4) * own, int32(units_per_lane * lane), reached, row_size
+        )
         values_at = values_from + int64(row_bytes) * row
         bias = load_shared_float(int32(base + int32(block[tables.AT_BIAS]) + 4 * lane + TILE_BYTES * slot))
         hits_at = int32(
@@ -88,66 +118,66 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
         drive_bytes, log_row_bytes = 12 * int64(n), 4 * layer[tables.PITCH]
         drive_at = layer[tables.DRIVE] + first * drive_bytes + int64(4) * min(int32(column + lane), int32(3 * n - 1))
         drive_step = batch * drive_bytes
-        # The tile of this warp; warps without one never fire and send nothing.
-        unit = int32(LANES * (tile + warp) + lane)
-        has_tile = warp < tiles
+        states, cells = layer[tables.STATES], global_float32(layer[tables.CELLS])
+        thresholds_at = int32(base + int32(block[tables.AT_THRESHOLD]) + 4 * lane)
+        cells_at = int32(base + int32(block[tables.AT_CELLS]) + 4 * lane)
+        # The tile of this warp; warps without one never fire and send nothing. With several samples it is another one
+        # in every turn.
+        own_tile, has_tile = warp, warp < tiles
+        unit = int32(LANES * (tile + own_tile) + lane)
         mine = has_tile and unit < n
         own_unit = min(unit, int32(n - 1))
-        carried = global_float32(layer[tables.CELLS])
-        place = first * n + own_unit
-        c, threshold = carried[place], np.float32(np.inf)
+        c, threshold = cells[first * n + own_unit], np.float32(np.inf)
         if mine:
-            threshold = load_shared_float(
-                int32(base + int32(block[tables.AT_THRESHOLD]) + TILE_BYTES * warp + 4 * lane)
-            )
-        states = layer[tables.STATES]
+            threshold = load_shared_float(int32(thresholds_at + TILE_BYTES * warp))
+        jobs, job, sample = int32(tiles * int32(together)), warp, int32(0)
+        while several and sample < samples:
+            # Cells of several samples are in shared memory.
+            own_team = team_of(job, tiles)
+            own_sample, own_tile = int32(sample + own_team), int32(job - own_team * tiles)
+            unit = int32(LANES * (tile + own_tile) + lane)
+            if job < jobs and own_sample < samples:
+                c = cells[(first + own_sample) * n + min(unit, int32(n - 1))]
+                store_shared_float(int32(cells_at + TILE_BYTES * (own_sample * tiles + own_tile)), c)
+            job, sample = int32(job - jobs), int32(sample + together)
+            if job < 0:
+                job = int32(job + warps)
         sent_at = layer[tables.EVENT_LOG] + (batch + first) * log_row_bytes + int64(4) * own_unit
         after_at = states + first * (drive_bytes // 3) + int64(4) * own_unit
-        # What alternates between even and odd turns; the sums turn one into the other.
+        # What alternates between even and odd steps or turns; the sums turn one into the other.
         y_size, y_at = int32(row_size + 16), int32(base + int32(block[tables.AT_Y]))
         row_at, rows_sum = y_at, int32(2 * y_at + y_size)
-        barrier, barriers_sum = int32(0), int32(0)
         barrier = int32(base + int32(block[tables.AT_BARRIERS]))
         barriers_sum = int32(2 * barrier + 8)
-        gates_size = int32(TILE_BYTES * (strips + 1))
+        team_size = int32(TILE_BYTES * (slots + 1))
+        gates_size = int32(together * team_size)
         gates = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
         gates_sum = int32(2 * gates + gates_size)
-        own_gate, own_tile = int32(TILE_BYTES * min(warp, strips)), int32(TILE_BYTES * warp)
-        tile_at = int32(TILE_BYTES * (tile + warp) - base)
+        own_gate = int32(team * team_size + TILE_BYTES * min(member, strips))
+        tile_gate, tile_at = int32(TILE_BYTES * warp), int32(TILE_BYTES * (tile + warp) - base)
         copied, waited, multiplied, met, updated = int64(0), int64(0), int64(0), int64(0), int64(0)
-        t = int32(0)
+        t, sample, job, own_sample, drive_from = int32(0), int32(0), warp, int32(0), drive_at
         while t < steps:
             began = cycles()
-            word = load_relaxed(drive_at)
-            if thread == 0 and t > 1:
-                barrier_expect_bytes(int32(barriers_sum - barrier), row_size)
+            own_row, own_barrier = row_at, barrier
+            if several:
+                own_sample = min(int32(sample + team), int32(samples - 1))
+                own_row, own_barrier = int32(row_at + 2 * y_size * own_sample), int32(barrier + 16 * own_sample)
+                drive_from = drive_at + own_sample * drive_bytes
+            word = load_relaxed(drive_from)
+            if member == 0 and lane == 0 and t > 1 and int32(sample + team) < samples:
+                barrier_expect_bytes(int32(own_barrier + (barriers_sum - 2 * barrier)), row_size)
             copies_done = cycles()
-            if t > 0 and not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
+            if t > 0 and not wait_for_phase(own_barrier, int32(((t - 1) >> 1) & 1), max_polls):
                 global_int32(faults_at)[0] = 1
                 max_polls = int32(1)
             waits_done = cycles()
-            v = load_outputs(row_at, (o0, o1, o2, o3, o4, o5, o6))
-            a, b, d, e = event_flag(v[0]), event_flag(v[1]), event_flag(v[2]), event_flag(v[3])
-            f, g, h = event_flag(v[4]), event_flag(v[5]), event_flag(v[6])
-            before, hits = hit_offsets(int32(a + b + d + e + f + g + h), lanes_below)
-            p, at = int32(hits_at + tables.HIT_BYTES * before), int32(row_bytes * units_per_lane * lane)
-            p = append_hit(p, at, v[0], a)
-            if units_per_lane > 1:
-                p = append_hit(p, int32(at + row_bytes), v[1], b)
-            if units_per_lane > 2:
-                p = append_hit(p, int32(at + 2 * row_bytes), v[2], d)
-            if units_per_lane > 3:
-                p = append_hit(p, int32(at + 3 * row_bytes), v[3], e)
-            if units_per_lane > 4:
-                p = append_hit(p, int32(at + 4 * row_bytes), v[4], f)
-            if units_per_lane > 5:
-                p = append_hit(p, int32(at + 5 * row_bytes), v[5], g)
-            if units_per_lane > 6:
-                p = append_hit(p, int32(at + 6 * row_bytes), v[6], h)
+            v = load_outputs(own_row, (o0, o1, o2, o3, o4, o5, o6))
+            hits = list_hits(v, int32(row_bytes * units_per_lane * lane), hits_at, lanes_below)
             acc = hit_product(bias, values_at, hits_at, hits, lane)
             drive = libdevice.int_as_float(word)
             if has_input_clusters:
-                drive, complete = poll_drive(drive, drive_at, max_polls)
+                drive, complete = poll_drive(drive, drive_from, max_polls)
                 if not complete:
                     global_int32(faults_at)[0] = 1
                     max_polls = int32(1)
@@ -160,36 +190,80 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
             products_done = cycles()
             cuda.syncthreads()
             meeting_done = cycles()
-            row_at, barrier = int32(rows_sum - row_at), int32(barriers_sum - barrier)
+            if several:
+                job_team = team_of(job, tiles)
+                own_tile = int32(job - job_team * tiles)
+                tile_gate = int32(job_team * team_size + TILE_BYTES * own_tile)
+                own_sample = int32(sample + job_team)
+                has_tile = job < jobs and own_sample < samples
+                unit = int32(LANES * (tile + own_tile) + lane)
+                mine = has_tile and unit < n
             if has_tile:
-                u = load_shared_float(int32(gates + own_tile))
-                r = load_shared_float(int32(gates + own_tile + 4 * shift_r))
-                rec = load_shared_float(int32(gates + own_tile + 4 * shift_g))
-                drive = load_shared_float(int32(gates + own_tile + 4 * shift_g + 2 * gates_size))
-                zero = np.float32(0)
+                u = load_shared_float(int32(gates + tile_gate))
+                r = load_shared_float(int32(gates + tile_gate + 4 * shift_r))
+                rec = load_shared_float(int32(gates + tile_gate + 4 * shift_g))
+                drive = load_shared_float(int32(gates + tile_gate + 4 * shift_g + 2 * gates_size))
+                zero, cell = np.float32(0), int32(0)
+                if several:
+                    cell = int32(cells_at + TILE_BYTES * (own_sample * tiles + own_tile))
+                    c, threshold = load_shared_float(cell), np.float32(np.inf)
+                    if mine:
+                        threshold = load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
                 value, _, _, _ = egru_value_of_gates(u, r, drive, zero, zero, rec, c)
                 y, c = zero, value
                 if value > threshold:
                     y, c = value, value - threshold
+                if several:
+                    tile_at = int32(TILE_BYTES * (tile + own_tile) - base + 2 * y_size * own_sample)
+                    store_shared_float(cell, c)
                 if int32(t + 1) < steps:
-                    broadcast_tile(base, int32(row_at + tile_at), int32(barrier - base), lane, y)
+                    to_row, to_barrier = int32(rows_sum - row_at + tile_at), int32(barriers_sum - barrier - base)
+                    if several:
+                        to_barrier = int32(to_barrier + 16 * own_sample)
+                    broadcast_tile(base, to_row, to_barrier, lane, y)
                 if mine:
-                    store_relaxed(sent_at, y)
+                    at = own_sample * int64(0)
+                    if several:
+                        at = own_sample * log_row_bytes + int64(4) * int32(unit - own_unit)
+                    store_relaxed(sent_at + at, y)
                     if states != 0:
-                        store_float(after_at, c)
+                        if several:
+                            at = own_sample * (drive_bytes // 3) + int64(4) * int32(unit - own_unit)
+                        store_float(after_at + at, c)
             gates = int32(gates_sum - gates)
-            drive_at += drive_step
-            sent_at += batch * log_row_bytes
-            after_at += batch * (drive_bytes // 3)
             turn_done = cycles()
             copied += copies_done - began
             waited += waits_done - copies_done
             multiplied += products_done - waits_done
             met += meeting_done - products_done
             updated += turn_done - meeting_done
-            t = int32(t + 1)
-        if mine:
-            carried[place] = c
+            if several:
+                sample, job = int32(sample + together), int32(job - jobs)
+                if job < 0:
+                    job = int32(job + warps)
+            if not several or sample >= samples:
+                sample, job = int32(0), warp
+                row_at, barrier = int32(rows_sum - row_at), int32(barriers_sum - barrier)
+                drive_at += drive_step
+                if not several:
+                    drive_from = drive_at
+                sent_at += batch * log_row_bytes
+                after_at += batch * (drive_bytes // 3)
+                t = int32(t + 1)
+        if mine and not several:
+            cells[first * n + own_unit] = c
+        sample, job = int32(0), warp
+        while several and sample < samples:
+            own_team = team_of(job, tiles)
+            own_sample, own_tile = int32(sample + own_team), int32(job - own_team * tiles)
+            unit = int32(LANES * (tile + own_tile) + lane)
+            if job < jobs and own_sample < samples and unit < n:
+                cells[(first + own_sample) * n + unit] = load_shared_float(
+                    int32(cells_at + TILE_BYTES * (own_sample * tiles + own_tile))
+                )
+            job, sample = int32(job - jobs), int32(sample + together)
+            if job < 0:
+                job = int32(job + warps)
         clocks = layer[tables.CLOCKS]
         if clocks != 0 and lane == 0:
             counts = global_int64(clocks)

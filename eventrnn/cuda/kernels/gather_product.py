@@ -30,6 +30,7 @@ from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.persistent import UNWRITTEN
 from eventrnn.cuda.kernels.ptx import (
     at_most_one,
+    global_int32,
     load_readonly,
     load_readonly2,
     load_readonly_uint16,
@@ -81,10 +82,6 @@ def make_hit_offsets(most: int):
     return hit_offsets
 
 
-#: for up to MAX_UNITS_PER_LANE hits per lane
-hit_offsets = make_hit_offsets(MAX_UNITS_PER_LANE)
-
-
 @device_function
 def event_flag(value):
     """1 for an event, 0 for no event. A negative zero counts as an event; it adds nothing to the sum."""
@@ -99,6 +96,62 @@ def append_hit(at, row, value, flag):
     """
     store_shared_pair_if(at, row, value, flag)
     return int32(at + HIT_BYTES * flag)
+
+
+def make_append_hits(most: int):
+    """The device function append_hits(flags, rows, values, hits_at, lanes_below) -> the number of hits of the warp.
+
+    flags, rows, values : seven each, of which the first `most` count: 1 for a hit and 0 otherwise, byte offset of its row
+                          of weights, float32 value. The hits of a lane come before those of the next lane
+    """
+    hit_offsets = make_hit_offsets(most)
+
+    @device_function
+    def append_hits(flags, rows, values, hits_at, lanes_below):
+        a, b, c, d, e, f, g = flags
+        before, hits = hit_offsets(int32(a + b + c + d + e + f + g), lanes_below)
+        p = append_hit(int32(hits_at + HIT_BYTES * before), rows[0], values[0], a)
+        if most > 1:
+            p = append_hit(p, rows[1], values[1], b)
+        if most > 2:
+            p = append_hit(p, rows[2], values[2], c)
+        if most > 3:
+            p = append_hit(p, rows[3], values[3], d)
+        if most > 4:
+            p = append_hit(p, rows[4], values[4], e)
+        if most > 5:
+            p = append_hit(p, rows[5], values[5], f)
+        if most > 6:
+            p = append_hit(p, rows[6], values[6], g)
+        return hits
+
+    return append_hits
+
+
+def make_list_hits(layout: int, units_per_lane: int):
+    """The device function list_hits(values, row, hits_at, lanes_below) -> the number of hits of the warp.
+
+    values : the outputs of `units_per_lane` units with neighbouring rows of weights, and zeros: seven float32
+    row    : byte offset of the first of these rows
+    """
+    append_hits, row_bytes = make_append_hits(units_per_lane), row_bytes_of(layout)
+
+    @device_function
+    def list_hits(values, row, hits_at, lanes_below):
+        a, b, c, d = event_flag(values[0]), event_flag(values[1]), event_flag(values[2]), event_flag(values[3])
+        e, f, g = event_flag(values[4]), event_flag(values[5]), event_flag(values[6])
+        rows = (
+            row,
+            int32(row + row_bytes),
+            int32(row + 2 * row_bytes),
+            int32(row + 3 * row_bytes),
+            int32(row + 4 * row_bytes),
+            int32(row + 5 * row_bytes),
+            int32(row + 6 * row_bytes),
+        )
+        return append_hits((a, b, c, d, e, f, g), rows, values, hits_at, lanes_below)
+
+    return list_hits
 
 
 def row_bytes_of(layout: int) -> int:
@@ -166,6 +219,33 @@ def make_hit_product(layout: int, reached: bool = False):
         return add8(add8(acc, w, values), more, more_values)
 
     @device_function
+    def add24(acc, values_at, at):
+        rows, values = entries8(at)
+        second_rows, second_values = entries8(int32(at + 8 * HIT_BYTES))
+        third_rows, third_values = entries8(int32(at + 16 * HIT_BYTES))
+        w, second, third = (
+            row_weights(values_at, rows),
+            row_weights(values_at, second_rows),
+            row_weights(values_at, third_rows),
+        )
+        return add8(add8(add8(acc, w, values), second, second_values), third, third_values)
+
+    @device_function
+    def add32(acc, values_at, at):
+        rows, values = entries8(at)
+        second_rows, second_values = entries8(int32(at + 8 * HIT_BYTES))
+        third_rows, third_values = entries8(int32(at + 16 * HIT_BYTES))
+        fourth_rows, fourth_values = entries8(int32(at + 24 * HIT_BYTES))
+        w, second, third, fourth = (
+            row_weights(values_at, rows),
+            row_weights(values_at, second_rows),
+            row_weights(values_at, third_rows),
+            row_weights(values_at, fourth_rows),
+        )
+        acc = add8(add8(acc, w, values), second, second_values)
+        return add8(add8(acc, third, third_values), fourth, fourth_values)
+
+    @device_function
     def hit_product(acc, values_at, hits_at, hits, lane):
         # The padding of the list adds zero times the first row.
         if lane < padding:
@@ -176,13 +256,18 @@ def make_hit_product(layout: int, reached: bool = False):
             while h < hits:
                 acc = add16(acc, values_at, int32(hits_at + HIT_BYTES * h))
                 h = int32(h + TERMS_PER_GROUP)
+        elif hits > 16:
+            # The loads of all groups are under way together.
+            if hits > 24:
+                acc = add32(acc, values_at, hits_at)
+                h = int32(32)
+                while h < hits:
+                    acc = add_next8(acc, values_at, int32(hits_at + HIT_BYTES * h))
+                    h = int32(h + 8)
+            else:
+                acc = add24(acc, values_at, hits_at)
         elif hits > 8:
-            # The loads of both groups are under way together.
             acc = add16(acc, values_at, hits_at)
-            h = int32(16)
-            while h < hits:
-                acc = add_next8(acc, values_at, int32(hits_at + HIT_BYTES * h))
-                h = int32(h + 8)
         elif reached or hits > 0:
             acc = add_next8(acc, values_at, hits_at)
         cuda.syncwarp(FULL_WARP)
@@ -192,27 +277,28 @@ def make_hit_product(layout: int, reached: bool = False):
 
 
 def make_unrolled(load, units_per_lane: int, fill):
-    """The device function unrolled(base, offsets): `load(base, offset)` of the first `units_per_lane` of 7 offsets.
+    """The device function unrolled(base, offsets, *rest): `load(base, offset, *rest)` of the first `units_per_lane` of 7
+    offsets.
 
     The other elements of the result are `fill`. It is written out, because a tuple stays in registers.
     """
 
     @device_function
-    def unrolled(base, offsets):
+    def unrolled(base, offsets, *rest):
         b = c = d = e = f = g = fill
-        a = load(base, offsets[0])
+        a = load(base, offsets[0], *rest)
         if units_per_lane > 1:
-            b = load(base, offsets[1])
+            b = load(base, offsets[1], *rest)
         if units_per_lane > 2:
-            c = load(base, offsets[2])
+            c = load(base, offsets[2], *rest)
         if units_per_lane > 3:
-            d = load(base, offsets[3])
+            d = load(base, offsets[3], *rest)
         if units_per_lane > 4:
-            e = load(base, offsets[4])
+            e = load(base, offsets[4], *rest)
         if units_per_lane > 5:
-            f = load(base, offsets[5])
+            f = load(base, offsets[5], *rest)
         if units_per_lane > 6:
-            g = load(base, offsets[6])
+            g = load(base, offsets[6], *rest)
         return a, b, c, d, e, f, g
 
     return unrolled
@@ -243,6 +329,31 @@ def value_of(word, offset):
     if offset < 0:
         value = np.float32(0)
     return value
+
+
+@device_function
+def load_unit(units_at, unit, reached, beyond):
+    """Entry `unit` of a strip's `reached` entries of `packing.CompactStrips.units` in global memory, or `beyond`."""
+    offset = beyond
+    if unit < reached:
+        offset = global_int32(units_at)[unit]
+    return offset
+
+
+def make_load_units(units_per_lane: int):
+    """The device function load_units(units_at, first, reached, beyond) -> seven byte offsets of units.
+
+    Those of entries `first` to `first + units_per_lane - 1` of a strip's units in global memory; see `load_unit`.
+    """
+    load = make_unrolled(load_unit, units_per_lane, np.int32(0))
+
+    @device_function
+    def load_units(units_at, first, reached, beyond):
+        second, third, fourth = int32(first + 1), int32(first + 2), int32(first + 3)
+        rest = int32(first + 4), int32(first + 5), int32(first + 6)
+        return load(units_at, (first, second, third, fourth, *rest), reached, beyond)
+
+    return load_units
 
 
 def make_gather(units_per_lane: int):
@@ -305,6 +416,7 @@ def make_gather_product(layout: int, units_per_lane: int, event_log: bool):
     complete.
     """
     hit_product, row_bytes = make_hit_product(layout), row_bytes_of(layout)
+    list_hits = make_list_hits(layout, units_per_lane)
     load_offsets, gather_shared, gather_event_log = make_gather(units_per_lane)
     gather = gather_event_log if event_log else gather_shared
 
@@ -320,23 +432,7 @@ def make_gather_product(layout: int, units_per_lane: int, event_log: bool):
         while chunk < chunks:
             v, chunk_complete = gather(row_at, (o0, o1, o2, o3, o4, o5, o6), max_polls)
             complete = complete and chunk_complete
-            a, b, c, d = event_flag(v[0]), event_flag(v[1]), event_flag(v[2]), event_flag(v[3])
-            e, f, g = event_flag(v[4]), event_flag(v[5]), event_flag(v[6])
-            before, hits = hit_offsets(int32(a + b + c + d + e + f + g), lanes_below)
-            p, row = int32(hits_at + HIT_BYTES * before), int32(row_bytes * at)
-            p = append_hit(p, row, v[0], a)
-            if units_per_lane > 1:
-                p = append_hit(p, int32(row + row_bytes), v[1], b)
-            if units_per_lane > 2:
-                p = append_hit(p, int32(row + 2 * row_bytes), v[2], c)
-            if units_per_lane > 3:
-                p = append_hit(p, int32(row + 3 * row_bytes), v[3], d)
-            if units_per_lane > 4:
-                p = append_hit(p, int32(row + 4 * row_bytes), v[4], e)
-            if units_per_lane > 5:
-                p = append_hit(p, int32(row + 5 * row_bytes), v[5], f)
-            if units_per_lane > 6:
-                p = append_hit(p, int32(row + 6 * row_bytes), v[6], g)
+            hits = list_hits(v, int32(row_bytes * at), hits_at, lanes_below)
             acc = hit_product(acc, values_at, hits_at, hits, lane)
             at = int32(at + LANES * units_per_lane)
             chunk = int32(chunk + 1)
@@ -365,7 +461,7 @@ def make_list_product(layout: int):
     list_product(acc, flags, rows, values, values_at, hits_at, lane, lanes_below) -> acc + sum of weight * value over
     the events whose flag is 1 (0 otherwise), in ascending order, one FMA per term
     """
-    hit_product, row_bytes = make_hit_product(layout), row_bytes_of(layout)
+    hit_product, row_bytes, append_hits = make_hit_product(layout), row_bytes_of(layout), make_append_hits(5)
     assert EVENTS_PER_WARP == 5 * LANES
 
     @device_function
@@ -379,13 +475,8 @@ def make_list_product(layout: int):
 
     @device_function
     def list_product(acc, flags, rows, values, values_at, hits_at, lane, lanes_below):
-        a, b, c, d, e = flags
-        before, hits = hit_offsets(int32(a + b + c + d + e), lanes_below)
-        p = append_hit(int32(hits_at + HIT_BYTES * before), rows[0], values[0], a)
-        p = append_hit(p, rows[1], values[1], b)
-        p = append_hit(p, rows[2], values[2], c)
-        p = append_hit(p, rows[3], values[3], d)
-        p = append_hit(p, rows[4], values[4], e)
+        none = int32(0)
+        hits = append_hits((*flags, none, none), rows, values, hits_at, lanes_below)
         return hit_product(acc, values_at, hits_at, hits, lane)
 
     return find_events, list_product

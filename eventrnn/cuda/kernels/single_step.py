@@ -36,7 +36,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels.gather_product import append_hit, event_flag, hit_offsets, make_hit_product, row_bytes_of
+from eventrnn.cuda.kernels.gather_product import make_hit_product, make_list_hits, row_bytes_of
 from eventrnn.cuda.kernels.ptx import (
     count_arrival,
     egru_value,
@@ -80,6 +80,7 @@ def make_global_product(layout: int):
     begin, end : the entries of the strip in `units` and `rows`; everything but the hits is in global memory
     """
     hit_product, row_bytes = make_hit_product(layout), row_bytes_of(layout)
+    list_hits = make_list_hits(layout, UNITS_PER_LANE)
     weight_bytes = row_bytes // LANES
 
     @device_function
@@ -108,14 +109,8 @@ def make_global_product(layout: int):
                 output_or_zero(x, entry + 2, end),
             )
             y, z = output_or_zero(y, entry + 3, end), output_or_zero(z, entry + 4, end)
-            a, b, c, d, e = event_flag(v), event_flag(w), event_flag(x), event_flag(y), event_flag(z)
-            before, hits = hit_offsets(int32(a + b + c + d + e), lanes_below)
-            row = int32(row_bytes * at)
-            p = append_hit(int32(hits_at + tables.HIT_BYTES * before), row, v, a)
-            p = append_hit(p, int32(row + row_bytes), w, b)
-            p = append_hit(p, int32(row + 2 * row_bytes), x, c)
-            p = append_hit(p, int32(row + 3 * row_bytes), y, d)
-            p = append_hit(p, int32(row + 4 * row_bytes), z, e)
+            none = np.float32(0)
+            hits = list_hits((v, w, x, y, z, none, none), int32(row_bytes * at), hits_at, lanes_below)
             acc = hit_product(acc, values_at, hits_at, hits, lane)
             first = int32(first + LANES * UNITS_PER_LANE)
         return acc
