@@ -25,7 +25,7 @@ from eventrnn.network import Network
 from eventrnn.state import State
 
 RESULTS = Path(__file__).parent / "results" / "gpu_phases.jsonl"
-KEY = ("hidden", "batch", "activity", "cluster")
+KEY = ("hidden", "batch", "activity", "cluster", "most_warps")
 PHASES = tables.TURN_PHASES
 SIZES, STEPS, REPEATS = (512, 768, 1024, 1344), 1000, 15
 
@@ -53,7 +53,8 @@ def measured(network: Network, inputs, size: int) -> dict | None:
             slowest = np.unravel_index(cycles[:, :, 2].argmax(), cycles.shape[:2])
             found["slowest"] = dict(zip(PHASES, cycles[slowest], strict=True))
             found["cycles_per_turn"] = float(cycles.sum(axis=2).mean())
-            found |= {"warps": plan.warps, "samples": plan.samples, "tiles": plan.layers[0].tiles}
+            found |= {"warps": plan.warps, "samples": plan.samples, "together": plan.together, "groups": plan.groups}
+            found |= {"tiles": plan.layers[0].tiles, "near": bool(plan.layers[0].layout_rec & tables.RESIDENT)}
     return found
 
 
@@ -62,6 +63,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Samples.")] = 1,
     activity: Annotated[float, typer.Option(help="Share of units that fire in a step.")] = 0.1,
     cluster: Annotated[list[int] | None, typer.Option(help="Blocks per cluster; may be given several times.")] = None,
+    warps: Annotated[int, typer.Option(help="Warps per block, at most.")] = cluster_plan.CLUSTER_WARPS,
     results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS,
 ) -> None:
     """Measure every cluster size of every layer, and append a line each."""
@@ -69,7 +71,8 @@ def main(
 
     records = Records(results, KEY)
     records.device = current_device().name
-    table = Table("units", "blocks", "µs", "clocked", *PHASES, *(f"{name}, slowest" for name in PHASES))
+    cluster_plan.CLUSTER_WARPS = warps
+    table = Table("units", "blocks", "warps", "µs", "clocked", *PHASES, *(f"{name}, slowest" for name in PHASES))
     for units in hidden or SIZES:
         rng = np.random.default_rng(0)
         options = {"sparsity": 0.9, "format": "block", "block": (1, 32), "variant": "evnn", "dtype": "bfloat16"}
@@ -80,10 +83,12 @@ def main(
             found = measured(network, inputs, size)
             if found is None:
                 continue
-            records.add({"hidden": units, "batch": batch, "activity": activity, "cluster": size, **found})
+            case = {"hidden": units, "batch": batch, "activity": activity, "cluster": size, "most_warps": warps}
+            records.add({**case, **found})
             cycles = [f"{found[kind][name]:.0f}" for kind in ("cycles", "slowest") for name in PHASES]
             table.add_row(
-                str(units), str(size), f"{found['us_per_step']:.2f}", f"{found['clocked_us_per_step']:.2f}", *cycles
+                *(str(units), str(size), str(found["warps"])),
+                *(f"{found['us_per_step']:.2f}", f"{found['clocked_us_per_step']:.2f}", *cycles),
             )
     Console(width=170).print(table)
 

@@ -39,7 +39,10 @@ STRIP, STRIP_FAR = 500, 300
 CELLS = 450
 
 # The same latencies where a warp has one strip.
-STREAM_STRIP, STREAM_CELLS, STREAM_ISSUE = 300, 250, 60
+STREAM_EXCHANGE, STREAM_EXCHANGE_TILE, STREAM_STRIP, STREAM_CELLS = 420, 6, 400, 250
+
+# The same issue slots where a warp has one strip.
+STREAM_ISSUE, STREAM_CELLS_ISSUE = 60, 40
 
 # Issue slots of a multiprocessor that a strip and the cells of a tile take from other warps.
 STRIP_ISSUE, CELLS_ISSUE = 65, 100
@@ -84,13 +87,17 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
             continue
         samples = -(-batch // max_groups)
         while samples:
-            found = _lay_out(roles, size, samples, per_lane, chip)
-            if found is not None:
-                layers, warps, strips, together = found
-                groups = min(max_groups, -(-batch // samples))
-                cost = _cost(shapes, layers, samples, warps, strips, together) * -(-batch // (groups * samples))
-                if best is None or cost < best[0]:
-                    best = cost, size, samples, groups, warps, layers, together
+            groups, teams, fits = min(max_groups, -(-batch // samples)), samples, False
+            while teams:
+                found = _lay_out(roles, size, samples, teams, per_lane, chip)
+                if found is not None:
+                    layers, warps, strips, together = found
+                    cost = _cost(shapes, layers, samples, warps, strips, together) * -(-batch // (groups * samples))
+                    if best is None or cost < best[0]:
+                        best = cost, size, samples, groups, warps, layers, together
+                    teams, fits = min(teams, together), True
+                teams //= 2
+            if fits:
                 break
             samples //= 2
     if best is None:
@@ -137,9 +144,16 @@ def units_per_lane_of(matrices: Sequence[CompactStrips]) -> int:
 
 
 def _lay_out(
-    roles: Sequence[tuple[ClusterShape, CompactStrips]], size: int, samples: int, per_lane: tuple[int, int], chip: Chip
+    roles: Sequence[tuple[ClusterShape, CompactStrips]],
+    size: int,
+    samples: int,
+    teams: int,
+    per_lane: tuple[int, int],
+    chip: Chip,
 ) -> tuple[list[LayerPlan], int, int, int] | None:
     """Place the roles on clusters of `size` blocks; None if shared memory is too small.
+
+    teams : samples that take a turn together, at most
 
     Recurrent weights, input weights or both go to shared memory if those of all layers fit; recurrent ones come first.
     Returns the placements, the warps per block, the strips of the block that has most, and `Plan.together`.
@@ -151,7 +165,7 @@ def _lay_out(
     strips = max(sum(end - begin for begin, end in block) for blocks in owned for block in blocks)
     lengths = [np.diff(shape.w_rec.begins) for shape, matrix in roles if matrix is shape.w_rec]
     one_chunk = all(0 < each.min() and each.max() <= LANES * per_lane[0] for each in lengths)
-    together = min(samples, CLUSTER_WARPS // strips) if one_chunk else 0
+    together = min(teams, CLUSTER_WARPS // strips) if one_chunk else 0
     # Where a warp has several strips: the fewest warps with which none has more than with CLUSTER_WARPS.
     warps = together * strips or -(-strips // -(-strips // CLUSTER_WARPS))
     for near_rec, near_in in ((True, True), (True, False), (False, True), (False, False)):
@@ -229,10 +243,9 @@ def _cost(
     far = not layers[-1].layout_rec & tables.RESIDENT
     if together:
         # The cells and the exchange of a turn go on while other samples take theirs.
-        issue = together * (strips * STREAM_ISSUE + tiles * CELLS_ISSUE)
-        turn = max(STREAM_STRIP + STRIP_FAR * far, issue)
-        apart = STREAM_CELLS + EXCHANGE + EXCHANGE_TILE * widest
-        return max(apart + turn, -(-samples // together) * turn)
+        turn = max(STREAM_STRIP + STRIP_FAR * far, together * (strips * STREAM_ISSUE + tiles * STREAM_CELLS_ISSUE))
+        apart = STREAM_CELLS + STREAM_EXCHANGE + STREAM_EXCHANGE_TILE * widest * together
+        return max(apart + turn, -(-samples // together) * turn, samples * widest * STREAM_EXCHANGE_TILE)
     # One turn is one sample of a block. It takes as long as the longest chain of latencies of a warp, or as all its
     # instructions take to issue.
     latency = -(-strips // warps) * (STRIP + STRIP_FAR * far) + -(-tiles // warps) * CELLS

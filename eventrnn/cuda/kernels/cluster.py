@@ -213,7 +213,10 @@ def cluster_kernel(
                     entry = int32(8 + 4 * (slot + strip))
                     strips[entry], strips[entry + 1] = int32(own), reached
                     if listed:
-                        strips[entry], strips[entry + 1] = int32(base + 4 * units), int32((reached + chunk - 1) // chunk)
+                        strips[entry], strips[entry + 1] = (
+                            int32(base + 4 * units),
+                            int32((reached + chunk - 1) // chunk),
+                        )
                     strips[entry + 2] = int32(own)
                     if in_shared:
                         strips[entry + 2] = int32(at + own - row)
