@@ -399,34 +399,38 @@ def test_events_states_and_counts_equal_those_of_the_cpu(variant, format, storag
 
 
 @pytest.mark.gpu
-def test_reciprocals_and_powers_on_a_gpu_are_rounded_as_on_the_cpu():
+def test_reciprocals_powers_and_sigmoids_on_a_gpu_are_rounded_as_on_the_cpu():
     from numba import int64, types
 
     from eventrnn.cuda.device import current_device
     from eventrnn.cuda.kernels import ptx
 
-    def function(count, x_at, reciprocal_at, exp_at):
+    def function(count, x_at, reciprocal_at, exp_at, sigmoid_at):
         k = ptx.cuda.blockIdx.x * int64(ptx.cuda.blockDim.x) + ptx.cuda.threadIdx.x
         if k < count:
             x = ptx.global_float32(x_at)[k]
             ptx.global_float32(reciprocal_at)[k] = ptx.reciprocal(x)
             ptx.global_float32(exp_at)[k] = ptx.exp_float32(x)
+            ptx.global_float32(sigmoid_at)[k] = ptx.sigmoid(-x)
 
     device = current_device()
-    kernel = device.kernel(("reciprocals",), lambda: (function, types.void(*[types.int64] * 4)), 256)
+    kernel = device.kernel(("reciprocals",), lambda: (function, types.void(*[types.int64] * 5)), 256)
     # Every number of two binades, and some of all magnitudes.
     whole = np.arange(1 << 23, dtype=np.int32)
     for first in (np.float32(1), np.float32(1 << 20), None):
         words = whole * 126 + np.float32(1).view(np.int32) if first is None else whole + first.view(np.int32)
         x = device.put(words.view(np.float32))
-        found = [device.empty(x.shape, np.float32) for _ in range(2)]
+        found = [device.empty(x.shape, np.float32) for _ in range(3)]
         with device.on_stream():
             device.launch(kernel, len(words) // 256, 256, len(words), x.data.ptr, *(each.data.ptr for each in found))
-            reciprocals, powers = (each.get() for each in found)
+            reciprocals, powers, sigmoids = (each.get() for each in found)
         in_range = words.view(np.float32) <= 2.0**125
         assert same_bits(reciprocals[in_range], (np.float32(1) / words.view(np.float32))[in_range])
         some = slice(None, None, 97)
         assert same_bits(powers[some], cells.exp_float32(words.view(np.float32)[some]))
+        some = words.view(np.float32) <= 96
+        some[: len(some) // 2] &= np.arange(len(some) // 2) % 97 == 0
+        assert same_bits(sigmoids[some], cells.sigmoid_float32(-words.view(np.float32)[some]))
 
 
 @pytest.mark.gpu

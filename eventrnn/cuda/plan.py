@@ -111,8 +111,8 @@ class Plan:
     blocks   : (blocks, tables.BLOCK_FIELDS) int64, the block table of the first `groups * samples` samples
     cluster  : blocks per cluster; 0 without clusters
     units_per_lane : units that a lane of a cluster gathers together, in recurrent strips and in input strips
-    together : samples that recurrent clusters compute together, each with a warp per strip of a block, where strips are of
-               one chunk (`kernels/cluster_stream.py`); 0 where a warp may have several strips, or strips several chunks
+    together : samples that recurrent clusters compute together, each with a warp per strip of a block, where strips are
+               of one chunk (`kernels/cluster_stream.py`); 0 where warps have several strips or strips several chunks
     """
 
     layers: tuple[LayerPlan, ...]

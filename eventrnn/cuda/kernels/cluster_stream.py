@@ -2,9 +2,9 @@
 
 A step of one stream is a chain of latencies: outputs travel, a warp gathers those that reach its strip, adds their
 weights, evaluates a gate, and a warp per tile updates the cells. So nothing here is a loop or a branch that need not be
-one, and what does not change stays in registers: units of the strip, bias, and for one sample cells and thresholds. What
-a step needs from global memory is loaded, and the barrier of the step before made ready, while the outputs of the step
-before travel.
+one, and what does not change stays in registers: units of the strip, bias, and for one sample cells and thresholds.
+What a step needs from global memory is loaded a step ahead, and the barrier of the step before made ready, while the
+outputs of the step before travel.
 
 A turn is a step of `together` samples, each of which has a team of warps, one per strip of the block. A cluster of
 several samples takes its turns one after the other, so that outputs of one sample travel while the others are computed;
@@ -79,7 +79,7 @@ def make_stream_turns(
     functions   : the device functions wait_for_phase, poll_drive, broadcast_tile and cycles of `cluster.py`
     """
     wait_for_phase, poll_drive, broadcast_tile, cycles = functions
-    row_bytes, hit_product = row_bytes_of(layout), make_hit_product(layout, reached=True)
+    row_bytes, hit_product = row_bytes_of(layout), make_hit_product(layout, reached=True, deep=True)
     load_units, team_of = make_load_units(units_per_lane), make_quotient(together)
     list_hits = make_list_hits(layout, units_per_lane)
     load_outputs = make_unrolled(load_output, units_per_lane, np.float32(0))
@@ -157,6 +157,9 @@ def make_stream_turns(
         tile_gate, tile_at = int32(TILE_BYTES * warp), int32(TILE_BYTES * (tile + warp) - base)
         copied, waited, multiplied, met, updated = int64(0), int64(0), int64(0), int64(0), int64(0)
         t, sample, job, own_sample, drive_from = int32(0), int32(0), warp, int32(0), drive_at
+        # Drives that other blocks write during the launch cannot be loaded a step ahead.
+        ahead, word = not several and not has_input_clusters, int32(0)
+        following = load_relaxed(drive_at)
         while t < steps:
             began = cycles()
             own_row, own_barrier = row_at, barrier
@@ -164,7 +167,12 @@ def make_stream_turns(
                 own_sample = min(int32(sample + team), int32(samples - 1))
                 own_row, own_barrier = int32(row_at + 2 * y_size * own_sample), int32(barrier + 16 * own_sample)
                 drive_from = drive_at + own_sample * drive_bytes
-            word = load_relaxed(drive_from)
+            if ahead:
+                if int32(t + 1) < steps:
+                    drive_at += drive_step
+                word, following = following, load_relaxed(drive_at)
+            else:
+                word = load_relaxed(drive_from)
             if member == 0 and lane == 0 and t > 1 and int32(sample + team) < samples:
                 barrier_expect_bytes(int32(own_barrier + (barriers_sum - 2 * barrier)), row_size)
             copies_done = cycles()
@@ -216,11 +224,11 @@ def make_stream_turns(
                 if several:
                     tile_at = int32(TILE_BYTES * (tile + own_tile) - base + 2 * y_size * own_sample)
                     store_shared_float(cell, c)
-                if int32(t + 1) < steps:
-                    to_row, to_barrier = int32(rows_sum - row_at + tile_at), int32(barriers_sum - barrier - base)
-                    if several:
-                        to_barrier = int32(to_barrier + 16 * own_sample)
-                    broadcast_tile(base, to_row, to_barrier, lane, y)
+                to_row, to_barrier = int32(rows_sum - row_at + tile_at), int32(barriers_sum - barrier - base)
+                if several:
+                    to_barrier = int32(to_barrier + 16 * own_sample)
+                # The last outputs are sent as well: without a branch, addresses are computed while `y` is.
+                broadcast_tile(base, to_row, to_barrier, lane, y)
                 if mine:
                     at = own_sample * int64(0)
                     if several:
@@ -244,12 +252,19 @@ def make_stream_turns(
             if not several or sample >= samples:
                 sample, job = int32(0), warp
                 row_at, barrier = int32(rows_sum - row_at), int32(barriers_sum - barrier)
-                drive_at += drive_step
+                if not ahead:
+                    drive_at += drive_step
                 if not several:
                     drive_from = drive_at
                 sent_at += batch * log_row_bytes
                 after_at += batch * (drive_bytes // 3)
                 t = int32(t + 1)
+        # No block may end while outputs travel to it.
+        sample = int32(0)
+        while sample < samples:
+            if not wait_for_phase(int32(barrier + 16 * sample), int32(((steps - 1) >> 1) & 1), max_polls):
+                global_int32(faults_at)[0] = 1
+            sample = int32(sample + 1)
         if mine and not several:
             cells[first * n + own_unit] = c
         sample, job = int32(0), warp

@@ -101,8 +101,8 @@ def append_hit(at, row, value, flag):
 def make_append_hits(most: int):
     """The device function append_hits(flags, rows, values, hits_at, lanes_below) -> the number of hits of the warp.
 
-    flags, rows, values : seven each, of which the first `most` count: 1 for a hit and 0 otherwise, byte offset of its row
-                          of weights, float32 value. The hits of a lane come before those of the next lane
+    flags, rows, values : seven each, of which the first `most` count: 1 for a hit and 0 otherwise, byte offset of its
+                          row of weights, float32 value. The hits of a lane come before those of the next lane
     """
     hit_offsets = make_hit_offsets(most)
 
@@ -159,10 +159,11 @@ def row_bytes_of(layout: int) -> int:
     return LANES * (2 if layout & NARROW else 4)
 
 
-def make_hit_product(layout: int, reached: bool = False):
+def make_hit_product(layout: int, reached: bool = False, deep: bool = False):
     """The device function hit_product: acc + sum over the list of hits, in order, of weight * value, one FMA per term.
 
     reached : every strip has weights, so that zero times the first row may be added instead of a branch
+    deep    : up to 32 terms are loaded together, for kernels whose threads have registers for them
 
     hit_product(acc, values_at, hits_at, hits, lane) -> acc, with byte addresses and the number of hits. `values_at`
     includes the lane's offset in a row.
@@ -256,7 +257,7 @@ def make_hit_product(layout: int, reached: bool = False):
             while h < hits:
                 acc = add16(acc, values_at, int32(hits_at + HIT_BYTES * h))
                 h = int32(h + TERMS_PER_GROUP)
-        elif hits > 16:
+        elif deep and hits > 16:
             # The loads of all groups are under way together.
             if hits > 24:
                 acc = add32(acc, values_at, hits_at)
@@ -268,6 +269,10 @@ def make_hit_product(layout: int, reached: bool = False):
                 acc = add24(acc, values_at, hits_at)
         elif hits > 8:
             acc = add16(acc, values_at, hits_at)
+            h = int32(16)
+            while not deep and h < hits:
+                acc = add_next8(acc, values_at, int32(hits_at + HIT_BYTES * h))
+                h = int32(h + 8)
         elif reached or hits > 0:
             acc = add_next8(acc, values_at, hits_at)
         cuda.syncwarp(FULL_WARP)
@@ -277,8 +282,9 @@ def make_hit_product(layout: int, reached: bool = False):
 
 
 def make_unrolled(load, units_per_lane: int, fill):
-    """The device function unrolled(base, offsets, *rest): `load(base, offset, *rest)` of the first `units_per_lane` of 7
-    offsets.
+    """The device function unrolled(base, offsets, *rest): `load(base, offset, *rest)` of the first offsets.
+
+    `units_per_lane` of seven offsets count.
 
     The other elements of the result are `fill`. It is written out, because a tuple stays in registers.
     """

@@ -105,11 +105,25 @@ def _rule(function):
 
 _names["exp_in_range"] = _rule(cells.exp_in_range)
 
-_names["exp"] = _rule(cells.exp_float32)
+_names["exp"] = _exp = _rule(cells.exp_float32)
 
 _names["exp_float32"] = _names["exp"]
 
-_names["sigmoid"] = _rule(cells.sigmoid_float32)
+# The largest number whose reciprocal `reciprocal` computes.
+LARGEST_INVERTED = np.float32(2.0**125)
+
+
+@device_function
+def sigmoid(x):
+    """`cells.sigmoid_float32`. The test whether the reciprocal is a normal number goes on beside it."""
+    divisor = np.float32(1) + _exp(-x)
+    y = reciprocal(divisor)
+    if divisor > LARGEST_INVERTED:
+        y = np.float32(1) / divisor
+    return y
+
+
+_names["sigmoid"] = sigmoid
 
 _names["tanh"] = _rule(cells.tanh_float32)
 
@@ -135,7 +149,7 @@ lstm_output = _names["lstm_output"]
 
 _names["absolute"] = _rule(cells.absolute)
 
-exp_float32, sigmoid = _names["exp_float32"], _names["sigmoid"]
+exp_float32 = _names["exp_float32"]
 
 surrogate_slope = _rule(cells.surrogate_slope)
 
@@ -359,10 +373,10 @@ def load_readonly(typingctx, address):
 # --- clusters and barriers --------------------------------------------------------------
 
 
-def instruction(text: str, constraints: str, result, *arguments):
+def instruction(text: str, constraints: str, result, *arguments, pure: bool = False):
     """An intrinsic for one PTX instruction: its text, operand constraints, result type and argument types.
 
-    Addresses of shared memory are int32, as the instructions take them.
+    Addresses of shared memory are int32, as the instructions take them. The compiler may move one that is `pure`.
     """
     lowered = {types.int32: I32, types.int64: I64, types.float32: FLOAT}
     signature = result(*arguments)
@@ -374,7 +388,7 @@ def instruction(text: str, constraints: str, result, *arguments):
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(returned, [lowered[each] for each in arguments])
-        value = builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), args)
+        value = builder.call(ir.InlineAsm(kind, text, constraints, side_effect=not pure), args)
         if len(parts) > 1:
             values = [builder.extract_value(value, k) for k in range(len(parts))]
             return context.make_tuple(builder, signature.return_type, values)
@@ -404,7 +418,7 @@ cluster_arrive = instruction("barrier.cluster.arrive.aligned;", MEMORY, NOTHING)
 cluster_wait = instruction("barrier.cluster.wait.aligned;", MEMORY, NOTHING)
 
 #: shared address, rank -> the same address in the block of that rank of the cluster
-map_to_rank = instruction("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", INT, INT, INT)
+map_to_rank = instruction("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", INT, INT, INT, pure=True)
 
 #: barrier, number of arrivals per phase
 barrier_init = instruction("mbarrier.init.shared.b64 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
