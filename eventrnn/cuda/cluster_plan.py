@@ -23,6 +23,9 @@ CLUSTER_SIZES = (16, 8, 4, 2, 1)
 # Warps per block, at most. With more, a thread has too few registers for the weights that it is loading.
 CLUSTER_WARPS = 24
 
+# Turns of a step, at most, where warps have one strip each: a block has so many numbered barriers.
+MAX_TURNS = 15
+
 # Share of all presynaptic units that reach a strip, averaged over the strips, up to which a gather of their outputs
 # per strip costs less than one list of events per step.
 MAX_GATHERED_SHARE = 0.4
@@ -39,7 +42,7 @@ STRIP, STRIP_FAR = 500, 300
 CELLS = 450
 
 # The same latencies where a warp has one strip.
-STREAM_EXCHANGE, STREAM_EXCHANGE_TILE, STREAM_STRIP, STREAM_CELLS = 420, 6, 400, 250
+STREAM_EXCHANGE, STREAM_EXCHANGE_TILE, STREAM_STRIP, STREAM_CELLS = 420, 6, 600, 250
 
 # The same issue slots where a warp has one strip.
 STREAM_ISSUE, STREAM_CELLS_ISSUE = 60, 40
@@ -92,9 +95,10 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
                 found = _lay_out(roles, size, samples, teams, per_lane, chip)
                 if found is not None:
                     layers, warps, strips, together = found
+                    cell_warps = warps - together * strips if together else 0
                     cost = _cost(shapes, layers, samples, warps, strips, together) * -(-batch // (groups * samples))
                     if best is None or cost < best[0]:
-                        best = cost, size, samples, groups, warps, layers, together
+                        best = cost, size, samples, groups, warps, layers, together, cell_warps
                     teams, fits = min(teams, together), True
                 teams //= 2
             if fits:
@@ -102,7 +106,7 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
             samples //= 2
     if best is None:
         return None
-    _, size, samples, groups, warps, layers, together = best
+    _, size, samples, groups, warps, layers, *form = best
     table = []
     # Lower layers come first, because they never wait for layers above.
     for number, ((shape, _), layer) in enumerate(zip(roles, layers, strict=True)):
@@ -116,7 +120,7 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
                     row[field] = offset
                 table.append(row)
     shared = max(layer.shared for layer in layers)
-    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane, together)
+    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane, *form)
 
 
 def tile_bounds(tiles: int, size: int) -> np.ndarray:
@@ -166,8 +170,13 @@ def _lay_out(
     lengths = [np.diff(shape.w_rec.begins) for shape, matrix in roles if matrix is shape.w_rec]
     one_chunk = all(0 < each.min() and each.max() <= LANES * per_lane[0] for each in lengths)
     together = min(teams, CLUSTER_WARPS // strips) if one_chunk else 0
+    if together and -(-samples // together) > MAX_TURNS:
+        together = 0
     # Where a warp has several strips: the fewest warps with which none has more than with CLUSTER_WARPS.
     warps = together * strips or -(-strips // -(-strips // CLUSTER_WARPS))
+    if together and samples > 1:
+        # A warp updates the cells of two tiles while the others take a turn.
+        warps += -(-together * max(int(np.diff(tile_bounds(shape.tiles, size)).max()) for shape, _ in roles) // 2)
     for near_rec, near_in in ((True, True), (True, False), (False, True), (False, False)):
         placed = []
         for (shape, matrix), blocks in zip(roles, owned, strict=True):
@@ -218,7 +227,7 @@ def _lay_out_role(
         tables.AT_BIAS: TILE_BYTES * strips,
         tables.AT_THRESHOLD: TILE_BYTES * tiles,
         tables.AT_SUMS_IN: 0 if together else 2 * TILE_BYTES * strips,
-        tables.AT_SUMS_REC: 4 * TILE_BYTES * max(1, together) * (strips + 1),
+        tables.AT_SUMS_REC: (2 * samples if together and samples > 1 else 4) * TILE_BYTES * (strips + 1),
         tables.AT_CELLS: TILE_BYTES * samples * tiles,
         tables.AT_HITS: tables.HIT_BYTES * (chunk + tables.LIST_PAD) * warps,
         tables.AT_UNITS: 0 if together else 4 * capacity * strips,

@@ -113,6 +113,7 @@ class Plan:
     units_per_lane : units that a lane of a cluster gathers together, in recurrent strips and in input strips
     together : samples that recurrent clusters compute together, each with a warp per strip of a block, where strips are
                of one chunk (`kernels/cluster_stream.py`); 0 where warps have several strips or strips several chunks
+    cell_warps : warps per block that only update cells, where such clusters have several samples
     """
 
     layers: tuple[LayerPlan, ...]
@@ -125,6 +126,7 @@ class Plan:
     cluster: int = 0
     units_per_lane: tuple[int, int] = (0, 0)
     together: int = 0
+    cell_warps: int = 0
 
     @property
     def single(self) -> bool:

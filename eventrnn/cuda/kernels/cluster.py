@@ -49,7 +49,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.cluster_stream import make_stream_turns
+from eventrnn.cuda.kernels.cluster_stream import make_several_turns, make_stream_turns
 from eventrnn.cuda.kernels.gather_product import make_gather_product
 from eventrnn.cuda.kernels.persistent import MAX_POLLS, UNWRITTEN, copy_to_shared
 from eventrnn.cuda.kernels.ptx import (
@@ -124,7 +124,7 @@ def cluster_kernel(
     units_per_lane: int,
     units_per_lane_in: int,
     together: int = 0,
-    several: bool = True,
+    cell_warps: int = 0,
     clocked: bool = False,
 ):
     """The kernel of the cluster plan and its signature.
@@ -135,7 +135,7 @@ def cluster_kernel(
     units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
     together           : samples that take a turn of `cluster_stream.py` together, where a warp of a recurrent cluster
                          has one strip (`plan.Plan.together`); 0 for the turns below
-    several            : a cluster may have more samples than one
+    cell_warps         : warps of a block that only update cells, where a cluster has several samples; 0 for one sample
     clocked            : measure the phases of a turn (`tables.TURN_PHASES`), which costs time itself
     """
     has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
@@ -164,7 +164,10 @@ def cluster_kernel(
             store_async(int32(block + offset), word, int32(block + barrier))
 
     functions = wait_for_phase, poll_drive, broadcast_tile, cycles
-    stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, max(1, together), several, functions)
+    if cell_warps:
+        stream_turns = make_several_turns(layout, units_per_lane, has_input_clusters, together, cell_warps, functions)
+    else:
+        stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
 
     @device_function
     def load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, listed, chunk, beyond, thread, threads):

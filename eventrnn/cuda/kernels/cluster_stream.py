@@ -6,9 +6,8 @@ one, and what does not change stays in registers: units of the strip, bias, and 
 What a step needs from global memory is loaded a step ahead, and the barrier of the step before made ready, while the
 outputs of the step before travel.
 
-A turn is a step of `together` samples, each of which has a team of warps, one per strip of the block. A cluster of
-several samples takes its turns one after the other, so that outputs of one sample travel while the others are computed;
-other warps update the cells of the next turn, while those of this turn do.
+A cluster of several samples takes its turns one after the other, with a warp per strip as well, so that outputs of one
+sample travel while the others are computed. Other warps update the cells.
 
 Arrays, barriers and arithmetic are those of `cluster.py`, which this is a part of. Every warp computes a strip; those
 of a block with fewer strips than warps per team compute its last strip again, and write it where nothing is read. Teams
@@ -32,7 +31,9 @@ from eventrnn.cuda.kernels.gather_product import (
 )
 from eventrnn.cuda.kernels.persistent import MAX_POLLS
 from eventrnn.cuda.kernels.ptx import (
+    barrier_arrive,
     barrier_expect_bytes,
+    barrier_sync,
     egru_reset_gate,
     egru_value_of_gates,
     global_float32,
@@ -52,6 +53,35 @@ from eventrnn.cuda.tables import LANES
 TILE_BYTES = 4 * LANES
 
 
+@device_function
+def update_tile(gates, to_r, to_g, to_drive, c, threshold):
+    """Output and cell of the lane's unit after a step.
+
+    gates    : address of the lane's gate u; those of gate r and of the candidate's recurrent drive lie `to_r` and
+               `to_g` bytes on, its input drive `to_drive` after that
+    c        : the cell before the step
+    """
+    u, r = load_shared_float(gates), load_shared_float(int32(gates + to_r))
+    rec, drive = load_shared_float(int32(gates + to_g)), load_shared_float(int32(gates + to_g + to_drive))
+    zero = np.float32(0)
+    value, _, _, _ = egru_value_of_gates(u, r, drive, zero, zero, rec, c)
+    y, after = zero, value
+    if value > threshold:
+        y, after = value, value - threshold
+    return y, after
+
+
+@device_function
+def store_cycles(layer, lane, warp, copied, waited, multiplied, met, updated):
+    """Write the cycles of the phases of this warp (`tables.TURN_PHASES`), where they are measured."""
+    clocks = layer[tables.CLOCKS]
+    if clocks != 0 and lane == 0:
+        counts = global_int64(clocks)
+        at = len(tables.TURN_PHASES) * (int64(cuda.blockIdx.x) * (int32(cuda.blockDim.x) >> 5) + warp)
+        counts[at], counts[at + 1], counts[at + 2] = copied, waited, multiplied
+        counts[at + 3], counts[at + 4] = met, updated
+
+
 def make_quotient(below: int):
     """The device function quotient(value, divisor): their quotient without its fraction, if that is below `below`."""
 
@@ -65,13 +95,11 @@ def make_quotient(below: int):
     return quotient
 
 
-def make_stream_turns(
-    layout: int, units_per_lane: int, has_input_clusters: bool, together: int, several: bool, functions
-):
+def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool, functions):
     """The device function stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread).
 
-    together    : samples of a turn
-    several     : a cluster may have more samples than one; `together` is 1 otherwise
+    The turns of a cluster of one sample, whose warps update a tile after their strip.
+
     base        : address of shared memory
     values_from : where the block's rows of weights begin, plus the lane's offset in a row
     first       : the first sample
@@ -80,8 +108,7 @@ def make_stream_turns(
     """
     wait_for_phase, poll_drive, broadcast_tile, cycles = functions
     row_bytes, hit_product = row_bytes_of(layout), make_hit_product(layout, reached=True, deep=True)
-    load_units, team_of = make_load_units(units_per_lane), make_quotient(together)
-    list_hits = make_list_hits(layout, units_per_lane)
+    load_units, list_hits = make_load_units(units_per_lane), make_list_hits(layout, units_per_lane)
     load_outputs = make_unrolled(load_output, units_per_lane, np.float32(0))
 
     @device_function
@@ -91,20 +118,12 @@ def make_stream_turns(
         lanes_below = int32((int32(1) << lane) - 1)
         n, tiles, tile = int32(layer[tables.UNITS]), int32(block[tables.TILES]), int32(block[tables.TILE])
         row_size = int32(block[tables.ALL_TILES]) * int32(TILE_BYTES)
-        max_polls, samples = int32(MAX_POLLS), int32(1)
-        if several:
-            samples = cuda.shfl_sync(FULL_WARP, int32(block[tables.SAMPLES]), int32(0))
-        # The strip of this warp, and the number of its team.
+        max_polls = int32(MAX_POLLS)
+        # The strip of this warp.
         strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
         strips, _, _, _ = load_shared4(int32(strips_at - 32))
         shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
-        warps, team, member = int32(cuda.blockDim.x) >> int32(5), int32(0), warp
-        slots = warps
-        if together > 1:
-            slots = int32(warps // together)
-            team = team_of(warp, slots)
-            member = int32(warp - team * slots)
-        slot = min(member, int32(strips - 1))
+        slot = min(warp, int32(strips - 1))
         own, reached, row, column = load_shared4(int32(strips_at + 16 * slot))
         o0, o1, o2, o3, o4, o5, o6 = load_units(
             layer[tables.UNITS_OF] + int64(4) * own, int32(units_per_lane * lane), reached, row_size
@@ -118,74 +137,53 @@ def make_stream_turns(
         drive_bytes, log_row_bytes = 12 * int64(n), 4 * layer[tables.PITCH]
         drive_at = layer[tables.DRIVE] + first * drive_bytes + int64(4) * min(int32(column + lane), int32(3 * n - 1))
         drive_step = batch * drive_bytes
-        states, cells = layer[tables.STATES], global_float32(layer[tables.CELLS])
-        thresholds_at = int32(base + int32(block[tables.AT_THRESHOLD]) + 4 * lane)
-        cells_at = int32(base + int32(block[tables.AT_CELLS]) + 4 * lane)
-        # The tile of this warp; warps without one never fire and send nothing. With several samples it is another one
-        # in every turn.
-        own_tile, has_tile = warp, warp < tiles
-        unit = int32(LANES * (tile + own_tile) + lane)
+        # The tile of this warp; warps without one never fire and send nothing.
+        unit = int32(LANES * (tile + warp) + lane)
+        has_tile = warp < tiles
         mine = has_tile and unit < n
         own_unit = min(unit, int32(n - 1))
-        c, threshold = cells[first * n + own_unit], np.float32(np.inf)
+        carried = global_float32(layer[tables.CELLS])
+        place = first * n + own_unit
+        c, threshold = carried[place], np.float32(np.inf)
         if mine:
-            threshold = load_shared_float(int32(thresholds_at + TILE_BYTES * warp))
-        jobs, job, sample = int32(tiles * int32(together)), warp, int32(0)
-        while several and sample < samples:
-            # Cells of several samples are in shared memory.
-            own_team = team_of(job, tiles)
-            own_sample, own_tile = int32(sample + own_team), int32(job - own_team * tiles)
-            unit = int32(LANES * (tile + own_tile) + lane)
-            if job < jobs and own_sample < samples:
-                c = cells[(first + own_sample) * n + min(unit, int32(n - 1))]
-                store_shared_float(int32(cells_at + TILE_BYTES * (own_sample * tiles + own_tile)), c)
-            job, sample = int32(job - jobs), int32(sample + together)
-            if job < 0:
-                job = int32(job + warps)
+            threshold = load_shared_float(
+                int32(base + int32(block[tables.AT_THRESHOLD]) + TILE_BYTES * warp + 4 * lane)
+            )
+        states = layer[tables.STATES]
         sent_at = layer[tables.EVENT_LOG] + (batch + first) * log_row_bytes + int64(4) * own_unit
         after_at = states + first * (drive_bytes // 3) + int64(4) * own_unit
-        # What alternates between even and odd steps or turns; the sums turn one into the other.
+        # What alternates between even and odd turns; the sums turn one into the other.
         y_size, y_at = int32(row_size + 16), int32(base + int32(block[tables.AT_Y]))
         row_at, rows_sum = y_at, int32(2 * y_at + y_size)
         barrier = int32(base + int32(block[tables.AT_BARRIERS]))
         barriers_sum = int32(2 * barrier + 8)
-        team_size = int32(TILE_BYTES * (slots + 1))
-        gates_size = int32(together * team_size)
+        gates_size = int32(TILE_BYTES * (strips + 1))
         gates = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
         gates_sum = int32(2 * gates + gates_size)
-        own_gate = int32(team * team_size + TILE_BYTES * min(member, strips))
-        tile_gate, tile_at = int32(TILE_BYTES * warp), int32(TILE_BYTES * (tile + warp) - base)
+        own_gate, own_tile = int32(TILE_BYTES * min(warp, strips)), int32(TILE_BYTES * warp)
+        tile_at = int32(TILE_BYTES * (tile + warp) - base)
         copied, waited, multiplied, met, updated = int64(0), int64(0), int64(0), int64(0), int64(0)
-        t, sample, job, own_sample, drive_from = int32(0), int32(0), warp, int32(0), drive_at
         # Drives that other blocks write during the launch cannot be loaded a step ahead.
-        ahead, word = not several and not has_input_clusters, int32(0)
-        following = load_relaxed(drive_at)
+        t, word, following = int32(0), int32(0), load_relaxed(drive_at)
         while t < steps:
             began = cycles()
-            own_row, own_barrier = row_at, barrier
-            if several:
-                own_sample = min(int32(sample + team), int32(samples - 1))
-                own_row, own_barrier = int32(row_at + 2 * y_size * own_sample), int32(barrier + 16 * own_sample)
-                drive_from = drive_at + own_sample * drive_bytes
-            if ahead:
-                if int32(t + 1) < steps:
-                    drive_at += drive_step
-                word, following = following, load_relaxed(drive_at)
+            if has_input_clusters:
+                word = load_relaxed(drive_at)
             else:
-                word = load_relaxed(drive_from)
-            if member == 0 and lane == 0 and t > 1 and int32(sample + team) < samples:
-                barrier_expect_bytes(int32(own_barrier + (barriers_sum - 2 * barrier)), row_size)
+                word, following = following, load_relaxed(drive_at + drive_step * int64(int32(t + 1) < steps))
+            if thread == 0 and t > 1:
+                barrier_expect_bytes(int32(barriers_sum - barrier), row_size)
             copies_done = cycles()
-            if t > 0 and not wait_for_phase(own_barrier, int32(((t - 1) >> 1) & 1), max_polls):
+            if t > 0 and not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
                 global_int32(faults_at)[0] = 1
                 max_polls = int32(1)
             waits_done = cycles()
-            v = load_outputs(own_row, (o0, o1, o2, o3, o4, o5, o6))
+            v = load_outputs(row_at, (o0, o1, o2, o3, o4, o5, o6))
             hits = list_hits(v, int32(row_bytes * units_per_lane * lane), hits_at, lanes_below)
             acc = hit_product(bias, values_at, hits_at, hits, lane)
             drive = libdevice.int_as_float(word)
             if has_input_clusters:
-                drive, complete = poll_drive(drive, drive_from, max_polls)
+                drive, complete = poll_drive(drive, drive_at, max_polls)
                 if not complete:
                     global_int32(faults_at)[0] = 1
                     max_polls = int32(1)
@@ -198,92 +196,202 @@ def make_stream_turns(
             products_done = cycles()
             cuda.syncthreads()
             meeting_done = cycles()
-            if several:
-                job_team = team_of(job, tiles)
-                own_tile = int32(job - job_team * tiles)
-                tile_gate = int32(job_team * team_size + TILE_BYTES * own_tile)
-                own_sample = int32(sample + job_team)
-                has_tile = job < jobs and own_sample < samples
-                unit = int32(LANES * (tile + own_tile) + lane)
-                mine = has_tile and unit < n
+            row_at, barrier = int32(rows_sum - row_at), int32(barriers_sum - barrier)
             if has_tile:
-                u = load_shared_float(int32(gates + tile_gate))
-                r = load_shared_float(int32(gates + tile_gate + 4 * shift_r))
-                rec = load_shared_float(int32(gates + tile_gate + 4 * shift_g))
-                drive = load_shared_float(int32(gates + tile_gate + 4 * shift_g + 2 * gates_size))
-                zero, cell = np.float32(0), int32(0)
-                if several:
-                    cell = int32(cells_at + TILE_BYTES * (own_sample * tiles + own_tile))
-                    c, threshold = load_shared_float(cell), np.float32(np.inf)
-                    if mine:
-                        threshold = load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
-                value, _, _, _ = egru_value_of_gates(u, r, drive, zero, zero, rec, c)
-                y, c = zero, value
-                if value > threshold:
-                    y, c = value, value - threshold
-                if several:
-                    tile_at = int32(TILE_BYTES * (tile + own_tile) - base + 2 * y_size * own_sample)
-                    store_shared_float(cell, c)
-                to_row, to_barrier = int32(rows_sum - row_at + tile_at), int32(barriers_sum - barrier - base)
-                if several:
-                    to_barrier = int32(to_barrier + 16 * own_sample)
+                y, c = update_tile(
+                    int32(gates + own_tile), int32(4 * shift_r), int32(4 * shift_g), int32(2 * gates_size), c, threshold
+                )
                 # The last outputs are sent as well: without a branch, addresses are computed while `y` is.
-                broadcast_tile(base, to_row, to_barrier, lane, y)
+                broadcast_tile(base, int32(row_at + tile_at), int32(barrier - base), lane, y)
                 if mine:
-                    at = own_sample * int64(0)
-                    if several:
-                        at = own_sample * log_row_bytes + int64(4) * int32(unit - own_unit)
-                    store_relaxed(sent_at + at, y)
+                    store_relaxed(sent_at, y)
                     if states != 0:
-                        if several:
-                            at = own_sample * (drive_bytes // 3) + int64(4) * int32(unit - own_unit)
-                        store_float(after_at + at, c)
+                        store_float(after_at, c)
             gates = int32(gates_sum - gates)
+            drive_at += drive_step
+            sent_at += batch * log_row_bytes
+            after_at += batch * (drive_bytes // 3)
             turn_done = cycles()
             copied += copies_done - began
             waited += waits_done - copies_done
             multiplied += products_done - waits_done
             met += meeting_done - products_done
             updated += turn_done - meeting_done
-            if several:
-                sample, job = int32(sample + together), int32(job - jobs)
-                if job < 0:
-                    job = int32(job + warps)
-            if not several or sample >= samples:
-                sample, job = int32(0), warp
-                row_at, barrier = int32(rows_sum - row_at), int32(barriers_sum - barrier)
-                if not ahead:
-                    drive_at += drive_step
-                if not several:
-                    drive_from = drive_at
-                sent_at += batch * log_row_bytes
-                after_at += batch * (drive_bytes // 3)
-                t = int32(t + 1)
+            t = int32(t + 1)
         # No block may end while outputs travel to it.
-        sample = int32(0)
-        while sample < samples:
-            if not wait_for_phase(int32(barrier + 16 * sample), int32(((steps - 1) >> 1) & 1), max_polls):
-                global_int32(faults_at)[0] = 1
-            sample = int32(sample + 1)
-        if mine and not several:
-            cells[first * n + own_unit] = c
-        sample, job = int32(0), warp
-        while several and sample < samples:
-            own_team = team_of(job, tiles)
-            own_sample, own_tile = int32(sample + own_team), int32(job - own_team * tiles)
-            unit = int32(LANES * (tile + own_tile) + lane)
-            if job < jobs and own_sample < samples and unit < n:
-                cells[(first + own_sample) * n + unit] = load_shared_float(
-                    int32(cells_at + TILE_BYTES * (own_sample * tiles + own_tile))
-                )
-            job, sample = int32(job - jobs), int32(sample + together)
-            if job < 0:
-                job = int32(job + warps)
-        clocks = layer[tables.CLOCKS]
-        if clocks != 0 and lane == 0:
-            counts = global_int64(clocks)
-            at = len(tables.TURN_PHASES) * (int64(cuda.blockIdx.x) * (int32(cuda.blockDim.x) >> 5) + warp)
-            counts[at], counts[at + 1], counts[at + 2] = copied, waited, multiplied
-            counts[at + 3], counts[at + 4] = met, updated
+        if steps > 0 and not wait_for_phase(barrier, int32(((steps - 1) >> 1) & 1), max_polls):
+            global_int32(faults_at)[0] = 1
+        if mine:
+            carried[place] = c
+        store_cycles(layer, lane, warp, copied, waited, multiplied, met, updated)
 
     return stream_turns
+
+
+def make_several_turns(
+    layout: int, units_per_lane: int, has_input_clusters: bool, together: int, cell_warps: int, functions
+):
+    """The device function several_turns, of the arguments of `stream_turns`: the turns of a cluster of some samples.
+
+    together   : samples of a turn; each has a team of warps, one per strip of the block
+    cell_warps : warps of a block that update cells, and have no strip
+
+    Warps with strips do not wait for each other: a turn ends with an arrival at the barrier of its number, at which the
+    warps of cells wait. The gates of a sample are written again only once its outputs have arrived, for which they
+    have been read.
+    """
+    wait_for_phase, poll_drive, broadcast_tile, cycles = functions
+    row_bytes, hit_product = row_bytes_of(layout), make_hit_product(layout, reached=True, deep=True)
+    load_units, list_hits = make_load_units(units_per_lane), make_list_hits(layout, units_per_lane)
+    load_outputs, team_of = make_unrolled(load_output, units_per_lane, np.float32(0)), make_quotient(together)
+
+    @device_function
+    def several_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread):
+        lane, warp = thread & int32(31), cuda.shfl_sync(FULL_WARP, int32(thread >> int32(5)), int32(0))
+        lanes_below = int32((int32(1) << lane) - 1)
+        n, tiles, tile = int32(layer[tables.UNITS]), int32(block[tables.TILES]), int32(block[tables.TILE])
+        row_size = int32(block[tables.ALL_TILES]) * int32(TILE_BYTES)
+        max_polls = int32(MAX_POLLS)
+        samples = cuda.shfl_sync(FULL_WARP, int32(block[tables.SAMPLES]), int32(0))
+        strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
+        strips, _, _, _ = load_shared4(int32(strips_at - 32))
+        shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
+        threads = int32(cuda.blockDim.x)
+        slots = int32(int32((threads >> int32(5)) - cell_warps) // together)
+        y_size, y_at = int32(row_size + 16), int32(base + int32(block[tables.AT_Y]))
+        barriers = int32(base + int32(block[tables.AT_BARRIERS]))
+        team_size = int32(TILE_BYTES * (strips + 1))
+        gates = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
+        drive_bytes, log_row_bytes, states = 12 * int64(n), 4 * layer[tables.PITCH], layer[tables.STATES]
+        copied, waited, multiplied, met, updated = int64(0), int64(0), int64(0), int64(0), int64(0)
+        t, sample, turn = int32(0), int32(0), int32(1)
+        if warp < int32(together * slots):
+            team = team_of(warp, slots)
+            member = int32(warp - team * slots)
+            slot = min(member, int32(strips - 1))
+            own, reached, row, column = load_shared4(int32(strips_at + 16 * slot))
+            o0, o1, o2, o3, o4, o5, o6 = load_units(
+                layer[tables.UNITS_OF] + int64(4) * own, int32(units_per_lane * lane), reached, row_size
+            )
+            values_at = values_from + int64(row_bytes) * row
+            bias = load_shared_float(int32(base + int32(block[tables.AT_BIAS]) + 4 * lane + TILE_BYTES * slot))
+            hits_at = int32(
+                base
+                + int32(block[tables.AT_HITS])
+                + tables.HIT_BYTES * (LANES * units_per_lane + tables.LIST_PAD) * warp
+            )
+            is_gate = slot < strip_g
+            drive_at = (
+                layer[tables.DRIVE] + first * drive_bytes + int64(4) * min(int32(column + lane), int32(3 * n - 1))
+            )
+            own_gate = int32(gates + TILE_BYTES * min(member, strips))
+            while t < steps:
+                began = cycles()
+                own_sample = min(int32(sample + team), int32(samples - 1))
+                drive_from = drive_at + own_sample * drive_bytes
+                word = load_relaxed(drive_from)
+                barrier = int32(barriers + 16 * own_sample + 8 * (t & int32(1)))
+                if member == 0 and lane == 0 and t > 1 and int32(sample + team) < samples:
+                    barrier_expect_bytes(int32(barrier + 8 - 16 * (t & int32(1))), row_size)
+                copies_done = cycles()
+                if t > 0 and not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
+                    global_int32(faults_at)[0] = 1
+                    max_polls = int32(1)
+                waits_done = cycles()
+                row_at = int32(y_at + y_size * (2 * own_sample + (t & int32(1))))
+                v = load_outputs(row_at, (o0, o1, o2, o3, o4, o5, o6))
+                hits = list_hits(v, int32(row_bytes * units_per_lane * lane), hits_at, lanes_below)
+                acc = hit_product(bias, values_at, hits_at, hits, lane)
+                drive = libdevice.int_as_float(word)
+                if has_input_clusters:
+                    drive, complete = poll_drive(drive, drive_from, max_polls)
+                    if not complete:
+                        global_int32(faults_at)[0] = 1
+                        max_polls = int32(1)
+                    cuda.syncwarp(FULL_WARP)
+                gate = egru_reset_gate(drive, acc)
+                if not is_gate:
+                    gate = acc
+                # Teams without a sample write nothing.
+                if int32(sample + team) < samples:
+                    store_shared_float(int32(own_gate + 2 * team_size * own_sample), gate)
+                    store_shared_float(int32(own_gate + 2 * team_size * own_sample + team_size), drive)
+                products_done = cycles()
+                barrier_arrive(turn, threads)
+                copied += copies_done - began
+                waited += waits_done - copies_done
+                multiplied += products_done - waits_done
+                sample, turn = int32(sample + together), int32(turn + 1)
+                if sample >= samples:
+                    sample, turn, t = int32(0), int32(1), int32(t + 1)
+                    drive_at += batch * drive_bytes
+            # No block may end while outputs travel to it.
+            sample = int32(0)
+            while sample < samples and steps > 0:
+                barrier = int32(barriers + 16 * sample + 8 * (steps & int32(1)))
+                if not wait_for_phase(barrier, int32(((steps - 1) >> 1) & 1), max_polls):
+                    global_int32(faults_at)[0] = 1
+                    max_polls = int32(1)
+                sample = int32(sample + 1)
+        else:
+            carried = global_float32(layer[tables.CELLS])
+            cells_at = int32(base + int32(block[tables.AT_CELLS]) + 4 * lane)
+            thresholds_at = int32(base + int32(block[tables.AT_THRESHOLD]) + 4 * lane)
+            job, jobs = int32(warp - together * slots), int32(tiles * samples)
+            first_job = job
+            while job < jobs:
+                own_sample = int32(job // tiles)
+                unit = min(int32(LANES * (tile + job - own_sample * tiles) + lane), int32(n - 1))
+                store_shared_float(int32(cells_at + TILE_BYTES * job), carried[(first + own_sample) * n + unit])
+                job = int32(job + cell_warps)
+            cuda.syncwarp(FULL_WARP)
+            job = first_job
+            sent_at = layer[tables.EVENT_LOG] + (batch + first) * log_row_bytes
+            after_at = states + first * (drive_bytes // 3)
+            while t < steps:
+                began = cycles()
+                barrier_sync(turn, threads)
+                meeting_done = cycles()
+                # Jobs are the tiles of the first sample, then those of the second one, and so on.
+                end = int32(tiles * min(int32(sample + together), samples))
+                while job < end:
+                    own_sample = int32(sample + team_of(int32(job - tiles * sample), tiles))
+                    own_tile = int32(job - tiles * own_sample)
+                    unit, threshold = int32(LANES * (tile + own_tile) + lane), np.float32(np.inf)
+                    if unit < n:
+                        threshold = load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
+                    cell = int32(cells_at + TILE_BYTES * job)
+                    y, c = update_tile(
+                        int32(gates + 2 * team_size * own_sample + TILE_BYTES * own_tile),
+                        int32(4 * shift_r),
+                        int32(4 * shift_g),
+                        team_size,
+                        load_shared_float(cell),
+                        threshold,
+                    )
+                    odd = int32((t + 1) & 1)
+                    to_row = int32(y_at - base + y_size * (2 * own_sample + odd) + TILE_BYTES * (tile + own_tile))
+                    broadcast_tile(base, to_row, int32(barriers - base + 16 * own_sample + 8 * odd), lane, y)
+                    store_shared_float(cell, c)
+                    if unit < n:
+                        store_relaxed(sent_at + own_sample * log_row_bytes + int64(4) * unit, y)
+                        if states != 0:
+                            store_float(after_at + own_sample * (drive_bytes // 3) + int64(4) * unit, c)
+                    job = int32(job + cell_warps)
+                met += meeting_done - began
+                updated += cycles() - meeting_done
+                sample, turn = int32(sample + together), int32(turn + 1)
+                if sample >= samples:
+                    sample, turn, t, job = int32(0), int32(1), int32(t + 1), first_job
+                    sent_at += batch * log_row_bytes
+                    after_at += batch * (drive_bytes // 3)
+            job = first_job
+            while job < jobs:
+                own_sample = int32(job // tiles)
+                unit = int32(LANES * (tile + job - own_sample * tiles) + lane)
+                if unit < n:
+                    carried[(first + own_sample) * n + unit] = load_shared_float(int32(cells_at + TILE_BYTES * job))
+                job = int32(job + cell_warps)
+        store_cycles(layer, lane, warp, copied, waited, multiplied, met, updated)
+
+    return several_turns
