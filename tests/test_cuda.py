@@ -18,7 +18,14 @@ from eventrnn import cells
 from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import PRECISIONS, CudaBackend, tables
-from eventrnn.cuda.cluster_plan import CLUSTER_WARPS, ClusterShape, cluster_plan, strips_of, units_per_lane_of
+from eventrnn.cuda.cluster_plan import (
+    CLUSTER_WARPS,
+    MAX_TURNS,
+    ClusterShape,
+    cluster_plan,
+    strips_of,
+    units_per_lane_of,
+)
 from eventrnn.cuda.packing import CompactStrips, GroupedStrips, Strips, check_format, pack, per_strip, stored_mask
 from eventrnn.cuda.plan import MAX_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
 from eventrnn.network import Network
@@ -216,8 +223,13 @@ def test_cluster_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
             assert row[tables.ALL_TILES] == shape.tiles
             gates = strips_of(shape.units, row[tables.TILE], row[tables.TILES])
             strips = sum(end - begin for begin, end in gates)
-            # A warp without a strip would read beyond the table of strips.
-            assert found.warps <= min(strips, CLUSTER_WARPS) or strips < found.warps <= CLUSTER_WARPS
+            if found.together:
+                assert strips * found.together <= found.warps - found.cell_warps <= CLUSTER_WARPS
+                assert (found.samples > 1) == (found.cell_warps > 0) and found.warps <= 32
+                assert found.samples <= MAX_TURNS * found.together
+            else:
+                # A warp without a strip would read beyond the table of strips.
+                assert found.warps <= min(strips, CLUSTER_WARPS) or strips < found.warps <= CLUSTER_WARPS
             for tile in range(row[tables.TILE], row[tables.TILE] + row[tables.TILES]):
                 for sample in range(row[tables.SAMPLE], row[tables.SAMPLE] + row[tables.SAMPLES]):
                     assert (role, tile, sample) not in owners
@@ -226,7 +238,13 @@ def test_cluster_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
             chunk = 32 * found.units_per_lane[matrix is shape.w_in]
             most = max(int(np.diff(matrix.begins)[begin:end].max(initial=0)) for begin, end in gates)
             assert row[tables.CAPACITY] % chunk == 0 and row[tables.CAPACITY] >= most
-            assert row[tables.AT_UNITS] + 4 * row[tables.CAPACITY] * strips <= row[tables.AT_ROWS]
+            if matrix is shape.w_in or not found.together:
+                assert row[tables.AT_UNITS] + 4 * row[tables.CAPACITY] * strips <= row[tables.AT_ROWS]
+            else:
+                # A lane holds the units of a strip, of one chunk; every sample has gates and drives of its own.
+                assert 0 < most <= row[tables.CAPACITY] == chunk
+                gates_bytes = 2 * 4 * 32 * (strips + 1) * max(2, found.samples)
+                assert row[tables.AT_SUMS_REC] + gates_bytes <= row[tables.AT_CELLS]
         # A role waits for lower layers only, so their blocks come first.
         assert (np.diff(table[:, tables.LAYER]) >= 0).all()
     assert len(owners) == sum(shape.tiles for shape, _ in roles) * batch
@@ -335,12 +353,12 @@ def test_kernels_compile_without_contraction(compiled, variant):
 def test_cluster_kernels_compile_without_contraction(compiled, layout, blocks, units_per_lane, input_units_per_lane):
     from eventrnn.cuda.kernels.cluster import cluster_kernel
 
-    clocked = not input_units_per_lane
-    per_lane = units_per_lane, input_units_per_lane
-    ptx = compiled(cluster_kernel(layout, layout, blocks, *per_lane, int(clocked), not clocked, clocked))
-    check_ptx(ptx)
-    assert ("%clock64" in ptx) == clocked
-    assert ptx.count("st.async.shared::cluster") == blocks
+    clocked, per_lane = not input_units_per_lane, (units_per_lane, input_units_per_lane)
+    for together, cell_warps in ((1, 0), (2, 3)) if clocked else ((0, 0),):
+        ptx = compiled(cluster_kernel(layout, layout, blocks, *per_lane, together, cell_warps, clocked))
+        check_ptx(ptx)
+        assert ("%clock64" in ptx) == clocked
+        assert ptx.count("st.async.shared::cluster") == blocks
 
 
 @pytest.mark.parametrize("layout", MASKED_LAYOUTS)
