@@ -24,6 +24,9 @@ KEY = ("inputs", "outputs", "batch")
 SIZES, BATCHES = ((4096, 4096), (1536, 4608)), (16, 64, 256, 1024, 4096, 16384)
 REPEATS = 20
 
+# PyTorch has no public names for the search of cuSPARSELt.
+sparse_ops = torch.ops.aten
+
 # Rows of a result that are compared in float64.
 COMPARED = 64
 
@@ -64,12 +67,12 @@ def measured(inputs: int, outputs: int, batch: int, rounds: int) -> dict:
     """The line of one size."""
     dense = pruned(outputs, inputs)
     x = torch.randn(batch, inputs, device="cuda", dtype=torch.float16)
-    sparse, packed = torch.sparse.to_sparse_semi_structured(dense), torch._cslt_compress(dense)
-    algorithm = torch._cslt_sparse_mm_search(packed, x.T)
+    sparse, packed = torch.sparse.to_sparse_semi_structured(dense), sparse_ops._cslt_compress(dense)
+    algorithm = sparse_ops._cslt_sparse_mm_search(packed, x.T)
     products = {
         "dense": lambda: linear(x, dense),
         "sparse": lambda: linear(x, sparse),
-        "searched": lambda: torch._cslt_sparse_mm(packed, x.T, alg_id=algorithm).T,
+        "searched": lambda: sparse_ops._cslt_sparse_mm(packed, x.T, alg_id=algorithm).T,
     }
     exact = x[:COMPARED].double() @ dense.double().T
     errors = {}
