@@ -30,25 +30,25 @@ MAX_TURNS = 15
 # per strip costs less than one list of events per step.
 MAX_GATHERED_SHARE = 0.4
 
-# The following costs are cycles, measured on an H100.
+# The following costs are cycles, fitted to lines of `experiments/gpu_phases.py` of an H200 with one stream.
 
 # Latency from sending outputs to their arrival in the other blocks of the cluster, and its increase per tile.
 EXCHANGE, EXCHANGE_TILE = 350, 10
 
 # Latency from the arrival of outputs to the drives of a strip, and its increase if the weights are in L2.
-STRIP, STRIP_FAR = 500, 300
+STRIP, STRIP_FAR = 800, 300
 
 # Latency of updating the cells of a tile.
-CELLS = 450
-
-# The same latencies where a warp has one strip.
-STREAM_EXCHANGE, STREAM_EXCHANGE_TILE, STREAM_STRIP, STREAM_CELLS = 420, 6, 600, 250
-
-# The same issue slots where a warp has one strip.
-STREAM_ISSUE, STREAM_CELLS_ISSUE = 60, 40
+CELLS = 600
 
 # Issue slots of a multiprocessor that a strip and the cells of a tile take from other warps.
-STRIP_ISSUE, CELLS_ISSUE = 65, 100
+STRIP_ISSUE, CELLS_ISSUE = 90, 90
+
+# The same where a warp has one strip. A strip's latency grows with the units that reach it, of which a lane gathers
+# several and some fire. The issue slots are those of the instructions, on four schedulers: no line has several streams.
+STREAM_EXCHANGE, STREAM_EXCHANGE_TILE, STREAM_CELLS = 350, 6, 250
+STREAM_STRIP, STREAM_UNIT = 250, 4.5
+STREAM_STRIP_ISSUE, STREAM_CELLS_ISSUE = 60, 40
 
 # Bytes of one float32 per unit of a tile.
 TILE_BYTES = 4 * LANES
@@ -88,25 +88,19 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
         max_groups = chip.clusters.get(size, 0) // len(roles)
         if max_groups == 0 or size > min(shape.tiles for shape in shapes):
             continue
-        samples = -(-batch // max_groups)
-        while samples:
-            groups, teams, fits = min(max_groups, -(-batch // samples)), samples, False
-            while teams:
-                found = _lay_out(roles, size, samples, teams, per_lane, chip)
-                if found is not None:
-                    layers, warps, strips, together = found
-                    cell_warps = warps - together * strips if together else 0
-                    cost = _cost(shapes, layers, samples, warps, strips, together) * -(-batch // (groups * samples))
-                    if best is None or cost < best[0]:
-                        best = cost, size, samples, groups, warps, layers, together, cell_warps
-                    teams, fits = min(teams, together), True
-                teams //= 2
-            if fits:
-                break
+        samples, placed = -(-batch // max_groups), []
+        while samples and not placed:
+            placed = _placements(roles, size, samples, per_lane, chip)
+            groups = min(max_groups, -(-batch // samples))
+            for each in placed:
+                cost = _cost(shapes, each, samples) * -(-batch // (groups * samples))
+                if best is None or cost < best[0]:
+                    best = cost, size, samples, groups, each
             samples //= 2
     if best is None:
         return None
-    _, size, samples, groups, warps, layers, *form = best
+    _, size, samples, groups, placed = best
+    layers, warps = placed.layers, placed.warps
     table = []
     # Lower layers come first, because they never wait for layers above.
     for number, ((shape, _), layer) in enumerate(zip(roles, layers, strict=True)):
@@ -120,7 +114,19 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
                     row[field] = offset
                 table.append(row)
     shared = max(layer.shared for layer in layers)
-    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane, *form)
+    return Plan(
+        tuple(layers),
+        samples,
+        groups,
+        warps,
+        shared,
+        0,
+        np.array(table),
+        size,
+        per_lane,
+        placed.together,
+        placed.cell_warps,
+    )
 
 
 def tile_bounds(tiles: int, size: int) -> np.ndarray:
@@ -147,45 +153,75 @@ def units_per_lane_of(matrices: Sequence[CompactStrips]) -> int:
     return -(-longest // (LANES * chunks))
 
 
-def _lay_out(
-    roles: Sequence[tuple[ClusterShape, CompactStrips]],
-    size: int,
-    samples: int,
-    teams: int,
-    per_lane: tuple[int, int],
-    chip: Chip,
-) -> tuple[list[LayerPlan], int, int, int] | None:
-    """Place the roles on clusters of `size` blocks; None if shared memory is too small.
+@dataclass(frozen=True)
+class _Placement:
+    """Roles on clusters of one size.
 
-    teams : samples that take a turn together, at most
-
-    Recurrent weights, input weights or both go to shared memory if those of all layers fit; recurrent ones come first.
-    Returns the placements, the warps per block, the strips of the block that has most, and `Plan.together`.
+    layers     : per role, its placement
+    strips     : strips of the block that has most
+    warps      : warps per block
+    together   : `Plan.together`
+    cell_warps : `Plan.cell_warps`
     """
+
+    layers: list[LayerPlan]
+    strips: int
+    warps: int
+    together: int = 0
+    cell_warps: int = 0
+
+
+def _placements(
+    roles: Sequence[tuple[ClusterShape, CompactStrips]], size: int, samples: int, per_lane: tuple[int, int], chip: Chip
+) -> list[_Placement]:
+    """The ways to place the roles on clusters of `size` blocks with `samples` samples; none if memory is too small."""
+    bounds = [_pairs(tile_bounds(shape.tiles, size)) for shape, _ in roles]
     owned = [
-        [strips_of(shape.units, begin, end - begin) for begin, end in _pairs(tile_bounds(shape.tiles, size))]
-        for shape, _ in roles
+        [strips_of(shape.units, begin, end - begin) for begin, end in each]
+        for (shape, _), each in zip(roles, bounds, strict=True)
     ]
     strips = max(sum(end - begin for begin, end in block) for blocks in owned for block in blocks)
-    lengths = [np.diff(shape.w_rec.begins) for shape, matrix in roles if matrix is shape.w_rec]
+    tiles = max(end - begin for each in bounds for begin, end in each)
+    lengths = [np.diff(shape.w_rec.begins) for shape, _ in roles]
     one_chunk = all(0 < each.min() and each.max() <= LANES * per_lane[0] for each in lengths)
-    together = min(teams, CLUSTER_WARPS // strips) if one_chunk else 0
-    if together and -(-samples // together) > MAX_TURNS:
-        together = 0
-    # Where a warp has several strips: the fewest warps with which none has more than with CLUSTER_WARPS.
-    warps = together * strips or -(-strips // -(-strips // CLUSTER_WARPS))
-    if together and samples > 1:
+    forms, together = [], min(samples, CLUSTER_WARPS // strips) if one_chunk else 0
+    while together and -(-samples // together) <= MAX_TURNS:
         # A warp updates the cells of two tiles while the others take a turn.
-        warps += -(-together * max(int(np.diff(tile_bounds(shape.tiles, size)).max()) for shape, _ in roles) // 2)
+        cell_warps = -(-together * tiles // 2) if samples > 1 else 0
+        forms.append((together * strips + cell_warps, together, cell_warps))
+        together //= 2
+    if not forms:
+        # The fewest warps with which no warp has more strips than with CLUSTER_WARPS.
+        forms.append((-(-strips // -(-strips // CLUSTER_WARPS)), 0, 0))
+    found = [(_lay_out(roles, owned, size, samples, per_lane, form[0], form[1], chip), form) for form in forms]
+    return [_Placement(layers, strips, *form) for layers, form in found if layers is not None]
+
+
+def _lay_out(
+    roles: Sequence[tuple[ClusterShape, CompactStrips]],
+    owned: Sequence[Sequence[Sequence[tuple[int, int]]]],
+    size: int,
+    samples: int,
+    per_lane: tuple[int, int],
+    warps: int,
+    together: int,
+    chip: Chip,
+) -> list[LayerPlan] | None:
+    """Place the roles on clusters of `size` blocks of `warps` warps; None if shared memory is too small.
+
+    owned    : per role, block and gate, the range of strips (`strips_of`)
+    together : `Plan.together`
+
+    Recurrent weights, input weights or both go to shared memory if those of all layers fit; recurrent ones come first.
+    """
     for near_rec, near_in in ((True, True), (True, False), (False, True), (False, False)):
         placed = []
         for (shape, matrix), blocks in zip(roles, owned, strict=True):
             is_input = matrix is shape.w_in
-            near = (near_rec, near_in)[is_input]
-            alone = 0 if is_input else together
-            placed.append(_lay_out_role(shape, matrix, blocks, size, samples, per_lane[is_input], warps, near, alone))
+            near, own = ((near_rec, near_in)[is_input], 0 if is_input else together)
+            placed.append(_lay_out_role(shape, matrix, blocks, size, samples, per_lane[is_input], warps, near, own))
         if max(each.shared for each in placed) <= chip.shared_bytes:
-            return placed, warps, strips, together
+            return placed
     return None
 
 
@@ -240,24 +276,20 @@ def _lay_out_role(
     return LayerPlan(tiles, layout, layout, at, offsets)
 
 
-def _cost(
-    shapes: Sequence[ClusterShape], layers: Sequence[LayerPlan], samples: int, warps: int, strips: int, together: int
-) -> float:
-    """Estimated cycles of a step.
-
-    strips   : strips of the block that has most
-    together : `Plan.together`
-    """
+def _cost(shapes: Sequence[ClusterShape], placed: _Placement, samples: int) -> float:
+    """Estimated cycles of a step."""
+    layers, strips, warps, together = placed.layers, placed.strips, placed.warps, placed.together
     widest, tiles = max(shape.tiles for shape in shapes), max(layer.tiles for layer in layers)
     far = not layers[-1].layout_rec & tables.RESIDENT
+    # One turn is one sample of a block, or those that take it together. It takes as long as the longest chain of
+    # latencies of a warp, or as all its instructions take to issue.
     if together:
+        reached = max(len(shape.w_rec.units) / (len(shape.w_rec.begins) - 1) for shape in shapes)
+        latency = STREAM_STRIP + STREAM_UNIT * reached + STRIP_FAR * far
+        turn = max(latency, together * (strips * STREAM_STRIP_ISSUE + tiles * STREAM_CELLS_ISSUE))
         # The cells and the exchange of a turn go on while other samples take theirs.
-        turn = max(STREAM_STRIP + STRIP_FAR * far, together * (strips * STREAM_ISSUE + tiles * STREAM_CELLS_ISSUE))
         apart = STREAM_CELLS + STREAM_EXCHANGE + STREAM_EXCHANGE_TILE * widest * together
         return max(apart + turn, -(-samples // together) * turn, samples * widest * STREAM_EXCHANGE_TILE)
-    # One turn is one sample of a block. It takes as long as the longest chain of latencies of a warp, or as all its
-    # instructions take to issue.
     latency = -(-strips // warps) * (STRIP + STRIP_FAR * far) + -(-tiles // warps) * CELLS
     turn = max(latency, strips * STRIP_ISSUE + tiles * CELLS_ISSUE)
-    exchange = EXCHANGE + EXCHANGE_TILE * widest
-    return max(exchange + turn, samples * (turn + widest * EXCHANGE_TILE))
+    return samples * (EXCHANGE + EXCHANGE_TILE * widest + turn)

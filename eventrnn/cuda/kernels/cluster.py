@@ -10,7 +10,8 @@ Cluster : has one role for one layer and some samples. RECURRENT: recurrent driv
 Block   : owns `tiles` neighbouring tiles of 32 units (one row of the block table). It computes the strips that contain
           gate rows of these units. Strips are 32 neighbouring columns of the (3 * units) gate rows, so that they
           coincide with blocks of weights, and two blocks may both compute a strip that both need.
-Warp    : for one sample after the other, every `warps`-th strip of the block, then every `warps`-th tile.
+Warp    : for one sample after the other, every `warps`-th strip of the block, then every `warps`-th tile. Where there
+          is a warp per strip, the turns are those of `cluster_stream.py`.
 Thread  : one column of a strip; one unit of a tile.
 
 Each step equals `reference.step` with variant "evnn": the drives equal `reference.propagate`, terms in ascending
@@ -27,13 +28,17 @@ y            shared   (samples, 2, row + 4) float32, all outputs of the layer af
                       after a row are zero and serve the padding of the tables
 barriers     shared   (samples, 2) mbarriers, one per row of y; at the same address in all blocks of the cluster
 strips       shared   (8,) int32: number of strips, then per gate its first strip and the shift from a unit to its
-                      column; then per strip 4 int32: address of its units, chunks, row of its weights, first column
-units        shared   (strips, capacity) int32, byte offsets of units in a row of y, padded to whole chunks
+                      column; then per strip 4 int32: address of its units and chunks (or, where a warp has one strip,
+                      its first entry and the number of its units), row of its weights, first column
+units        shared   (strips, capacity) int32, byte offsets of units in a row of y, padded to whole chunks; in
+                      registers where a warp has one strip
 rows         shared   (entries, 32) float32 or uint16 weights; in global memory (L2) if they do not fit
 bias         shared   (strips, 32) float32
-drives       shared   (strips, 2, 32) float32, input drives of this turn and of the next one
+drives       shared   (strips, 2, 32) float32, input drives of this turn and of the next one; in registers where a warp
+                      has one strip
 gates        shared   (2, 2, strips + 1, 32) float32: gates u and r and the recurrent drive of the candidate, then the
-                      input drive of the candidate; each for even and odd turns
+                      input drive of the candidate; each for even and odd turns. For several samples with a warp per
+                      strip (samples, 2, strips + 1, 32): both of each sample
 c, threshold shared   (samples, tiles, 32) and (tiles, 32) float32
 hits         shared   per warp, scratch of `gather_product.py`
 ============ ======== ==========================================================================================
