@@ -53,7 +53,7 @@ def measured(network: Network, inputs, size: int) -> dict | None:
             slowest = np.unravel_index(cycles[:, :, 2].argmax(), cycles.shape[:2])
             found["slowest"] = dict(zip(PHASES, cycles[slowest], strict=True))
             found["cycles_per_turn"] = float(cycles.sum(axis=2).mean())
-            found |= {"warps": plan.warps, "samples": plan.samples, "together": plan.together, "groups": plan.groups}
+            found |= {"warps": plan.warps, "samples": plan.samples, "groups": plan.groups}
             found |= {"tiles": plan.layers[0].tiles, "near": bool(plan.layers[0].layout_rec & tables.RESIDENT)}
     return found
 

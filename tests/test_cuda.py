@@ -20,7 +20,6 @@ from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import PRECISIONS, CudaBackend, tables
 from eventrnn.cuda.cluster_plan import (
     CLUSTER_WARPS,
-    MAX_TURNS,
     ClusterShape,
     cluster_plan,
     strips_of,
@@ -223,13 +222,9 @@ def test_cluster_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
             assert row[tables.ALL_TILES] == shape.tiles
             gates = strips_of(shape.units, row[tables.TILE], row[tables.TILES])
             strips = sum(end - begin for begin, end in gates)
-            if found.together:
-                assert strips * found.together <= found.warps - found.cell_warps <= CLUSTER_WARPS
-                assert (found.samples > 1) == (found.cell_warps > 0) and found.warps <= 32
-                assert found.samples <= MAX_TURNS * found.together
-            else:
-                # A warp without a strip would read beyond the table of strips.
-                assert found.warps <= min(strips, CLUSTER_WARPS) or strips < found.warps <= CLUSTER_WARPS
+            # A warp without a strip would read beyond the table of strips.
+            assert found.warps <= min(strips, CLUSTER_WARPS) or strips < found.warps <= CLUSTER_WARPS
+            assert not found.single_strips or (found.samples == 1 and strips <= found.warps)
             for tile in range(row[tables.TILE], row[tables.TILE] + row[tables.TILES]):
                 for sample in range(row[tables.SAMPLE], row[tables.SAMPLE] + row[tables.SAMPLES]):
                     assert (role, tile, sample) not in owners
@@ -238,13 +233,11 @@ def test_cluster_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
             chunk = 32 * found.units_per_lane[matrix is shape.w_in]
             most = max(int(np.diff(matrix.begins)[begin:end].max(initial=0)) for begin, end in gates)
             assert row[tables.CAPACITY] % chunk == 0 and row[tables.CAPACITY] >= most
-            if matrix is shape.w_in or not found.together:
+            if matrix is shape.w_in or not found.single_strips:
                 assert row[tables.AT_UNITS] + 4 * row[tables.CAPACITY] * strips <= row[tables.AT_ROWS]
             else:
-                # A lane holds the units of a strip, of one chunk; every sample has gates and drives of its own.
+                # A lane holds the units of a strip, of one chunk.
                 assert 0 < most <= row[tables.CAPACITY] == chunk
-                gates_bytes = 2 * 4 * 32 * (strips + 1) * max(2, found.samples)
-                assert row[tables.AT_SUMS_REC] + gates_bytes <= row[tables.AT_CELLS]
         # A role waits for lower layers only, so their blocks come first.
         assert (np.diff(table[:, tables.LAYER]) >= 0).all()
     assert len(owners) == sum(shape.tiles for shape, _ in roles) * batch
@@ -353,12 +346,11 @@ def test_kernels_compile_without_contraction(compiled, variant):
 def test_cluster_kernels_compile_without_contraction(compiled, layout, blocks, units_per_lane, input_units_per_lane):
     from eventrnn.cuda.kernels.cluster import cluster_kernel
 
-    clocked, per_lane = not input_units_per_lane, (units_per_lane, input_units_per_lane)
-    for together, cell_warps in ((1, 0), (2, 3)) if clocked else ((0, 0),):
-        ptx = compiled(cluster_kernel(layout, layout, blocks, *per_lane, together, cell_warps, clocked))
-        check_ptx(ptx)
-        assert ("%clock64" in ptx) == clocked
-        assert ptx.count("st.async.shared::cluster") == blocks
+    clocked = single = not input_units_per_lane
+    ptx = compiled(cluster_kernel(layout, layout, blocks, units_per_lane, input_units_per_lane, single, clocked))
+    check_ptx(ptx)
+    assert ("%clock64" in ptx) == clocked
+    assert ptx.count("st.async.shared::cluster") == blocks
 
 
 @pytest.mark.parametrize("layout", MASKED_LAYOUTS)

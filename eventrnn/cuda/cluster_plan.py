@@ -23,9 +23,6 @@ CLUSTER_SIZES = (16, 8, 4, 2, 1)
 # Warps per block, at most. With more, a thread has too few registers for the weights that it is loading.
 CLUSTER_WARPS = 24
 
-# Turns of a step, at most, where warps have one strip each: a block has so many numbered barriers.
-MAX_TURNS = 15
-
 # Share of all presynaptic units that reach a strip, averaged over the strips, up to which a gather of their outputs
 # per strip costs less than one list of events per step.
 MAX_GATHERED_SHARE = 0.4
@@ -44,8 +41,7 @@ CELLS = 600
 # Issue slots of a multiprocessor that a strip and the cells of a tile take from other warps.
 STRIP_ISSUE, CELLS_ISSUE = 90, 90
 
-# The same where a warp has one strip. A strip's latency grows with the units that reach it, of which a lane gathers
-# several and some fire. The issue slots are those of the instructions, on four schedulers: no line has several streams.
+# The same where a cluster has one sample and a warp one strip. A strip's latency grows with the units that reach it.
 STREAM_EXCHANGE, STREAM_EXCHANGE_TILE, STREAM_CELLS = 350, 6, 250
 STREAM_STRIP, STREAM_UNIT = 250, 4.5
 STREAM_STRIP_ISSUE, STREAM_CELLS_ISSUE = 60, 40
@@ -88,19 +84,19 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
         max_groups = chip.clusters.get(size, 0) // len(roles)
         if max_groups == 0 or size > min(shape.tiles for shape in shapes):
             continue
-        samples, placed = -(-batch // max_groups), []
-        while samples and not placed:
-            placed = _placements(roles, size, samples, per_lane, chip)
-            groups = min(max_groups, -(-batch // samples))
-            for each in placed:
-                cost = _cost(shapes, each, samples) * -(-batch // (groups * samples))
+        samples = -(-batch // max_groups)
+        while samples:
+            found = _lay_out(roles, size, samples, per_lane, chip)
+            if found is not None:
+                groups = min(max_groups, -(-batch // samples))
+                cost = _cost(shapes, *found, samples) * -(-batch // (groups * samples))
                 if best is None or cost < best[0]:
-                    best = cost, size, samples, groups, each
+                    best = cost, size, samples, groups, *found
+                break
             samples //= 2
     if best is None:
         return None
-    _, size, samples, groups, placed = best
-    layers, warps = placed.layers, placed.warps
+    _, size, samples, groups, layers, warps, _, single = best
     table = []
     # Lower layers come first, because they never wait for layers above.
     for number, ((shape, _), layer) in enumerate(zip(roles, layers, strict=True)):
@@ -124,8 +120,7 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
         np.array(table),
         size,
         per_lane,
-        placed.together,
-        placed.cell_warps,
+        single,
     )
 
 
@@ -153,75 +148,32 @@ def units_per_lane_of(matrices: Sequence[CompactStrips]) -> int:
     return -(-longest // (LANES * chunks))
 
 
-@dataclass(frozen=True)
-class _Placement:
-    """Roles on clusters of one size.
-
-    layers     : per role, its placement
-    strips     : strips of the block that has most
-    warps      : warps per block
-    together   : `Plan.together`
-    cell_warps : `Plan.cell_warps`
-    """
-
-    layers: list[LayerPlan]
-    strips: int
-    warps: int
-    together: int = 0
-    cell_warps: int = 0
-
-
-def _placements(
-    roles: Sequence[tuple[ClusterShape, CompactStrips]], size: int, samples: int, per_lane: tuple[int, int], chip: Chip
-) -> list[_Placement]:
-    """The ways to place the roles on clusters of `size` blocks with `samples` samples; none if memory is too small."""
-    bounds = [_pairs(tile_bounds(shape.tiles, size)) for shape, _ in roles]
-    owned = [
-        [strips_of(shape.units, begin, end - begin) for begin, end in each]
-        for (shape, _), each in zip(roles, bounds, strict=True)
-    ]
-    strips = max(sum(end - begin for begin, end in block) for blocks in owned for block in blocks)
-    tiles = max(end - begin for each in bounds for begin, end in each)
-    lengths = [np.diff(shape.w_rec.begins) for shape, _ in roles]
-    one_chunk = all(0 < each.min() and each.max() <= LANES * per_lane[0] for each in lengths)
-    forms, together = [], min(samples, CLUSTER_WARPS // strips) if one_chunk else 0
-    while together and -(-samples // together) <= MAX_TURNS:
-        # A warp updates the cells of two tiles while the others take a turn.
-        cell_warps = -(-together * tiles // 2) if samples > 1 else 0
-        forms.append((together * strips + cell_warps, together, cell_warps))
-        together //= 2
-    if not forms:
-        # The fewest warps with which no warp has more strips than with CLUSTER_WARPS.
-        forms.append((-(-strips // -(-strips // CLUSTER_WARPS)), 0, 0))
-    found = [(_lay_out(roles, owned, size, samples, per_lane, form[0], form[1], chip), form) for form in forms]
-    return [_Placement(layers, strips, *form) for layers, form in found if layers is not None]
-
-
 def _lay_out(
-    roles: Sequence[tuple[ClusterShape, CompactStrips]],
-    owned: Sequence[Sequence[Sequence[tuple[int, int]]]],
-    size: int,
-    samples: int,
-    per_lane: tuple[int, int],
-    warps: int,
-    together: int,
-    chip: Chip,
-) -> list[LayerPlan] | None:
-    """Place the roles on clusters of `size` blocks of `warps` warps; None if shared memory is too small.
-
-    owned    : per role, block and gate, the range of strips (`strips_of`)
-    together : `Plan.together`
+    roles: Sequence[tuple[ClusterShape, CompactStrips]], size: int, samples: int, per_lane: tuple[int, int], chip: Chip
+) -> tuple[list[LayerPlan], int, int, bool] | None:
+    """Place the roles on clusters of `size` blocks; None if shared memory is too small.
 
     Recurrent weights, input weights or both go to shared memory if those of all layers fit; recurrent ones come first.
+    Returns the placements, the warps per block, the strips of the block that has most, and `Plan.single_strips`.
     """
+    owned = [
+        [strips_of(shape.units, begin, end - begin) for begin, end in _pairs(tile_bounds(shape.tiles, size))]
+        for shape, _ in roles
+    ]
+    strips = max(sum(end - begin for begin, end in block) for blocks in owned for block in blocks)
+    # The fewest warps with which no warp has more strips than with CLUSTER_WARPS.
+    warps = -(-strips // -(-strips // CLUSTER_WARPS))
+    lengths = [np.diff(shape.w_rec.begins) for shape, _ in roles]
+    single = samples == 1 and strips <= warps
+    single = single and all(0 < each.min() and each.max() <= LANES * per_lane[0] for each in lengths)
     for near_rec, near_in in ((True, True), (True, False), (False, True), (False, False)):
         placed = []
         for (shape, matrix), blocks in zip(roles, owned, strict=True):
             is_input = matrix is shape.w_in
-            near, own = ((near_rec, near_in)[is_input], 0 if is_input else together)
+            near, own = (near_rec, near_in)[is_input], single and not is_input
             placed.append(_lay_out_role(shape, matrix, blocks, size, samples, per_lane[is_input], warps, near, own))
         if max(each.shared for each in placed) <= chip.shared_bytes:
-            return placed
+            return placed, warps, strips, single
     return None
 
 
@@ -238,7 +190,7 @@ def _lay_out_role(
     per_lane: int,
     warps: int,
     near: bool,
-    together: int,
+    single: bool,
 ) -> LayerPlan:
     """Place one role of a layer.
 
@@ -247,7 +199,7 @@ def _lay_out_role(
     size     : blocks per cluster
     per_lane : units that a lane gathers together
     near     : whether the weights are in shared memory
-    together : `Plan.together`, 0 for the role INPUT
+    single   : whether the kernel keeps units and drives in registers, as for `Plan.single_strips`
     """
     tiles = int(np.diff(tile_bounds(shape.tiles, size)).max())
     strips = max(sum(end - begin for begin, end in gates) for gates in blocks)
@@ -262,11 +214,11 @@ def _lay_out_role(
         tables.AT_STRIPS: 32 + 16 * strips,
         tables.AT_BIAS: TILE_BYTES * strips,
         tables.AT_THRESHOLD: TILE_BYTES * tiles,
-        tables.AT_SUMS_IN: 0 if together else 2 * TILE_BYTES * strips,
-        tables.AT_SUMS_REC: (2 * samples if together and samples > 1 else 4) * TILE_BYTES * (strips + 1),
+        tables.AT_SUMS_IN: 0 if single else 2 * TILE_BYTES * strips,
+        tables.AT_SUMS_REC: 4 * TILE_BYTES * (strips + 1),
         tables.AT_CELLS: TILE_BYTES * samples * tiles,
         tables.AT_HITS: tables.HIT_BYTES * (chunk + tables.LIST_PAD) * warps,
-        tables.AT_UNITS: 0 if together else 4 * capacity * strips,
+        tables.AT_UNITS: 0 if single else 4 * capacity * strips,
         tables.AT_ROWS: LANES * matrix.rows.itemsize * entries * near,
     }
     offsets, at = {tables.CAPACITY: capacity}, 0
@@ -276,20 +228,19 @@ def _lay_out_role(
     return LayerPlan(tiles, layout, layout, at, offsets)
 
 
-def _cost(shapes: Sequence[ClusterShape], placed: _Placement, samples: int) -> float:
-    """Estimated cycles of a step."""
-    layers, strips, warps, together = placed.layers, placed.strips, placed.warps, placed.together
+def _cost(
+    shapes: Sequence[ClusterShape], layers: Sequence[LayerPlan], warps: int, strips: int, single: bool, samples: int
+) -> float:
+    """Estimated cycles of a step; for `layers`, `warps`, `strips` and `single` see `_lay_out`."""
     widest, tiles = max(shape.tiles for shape in shapes), max(layer.tiles for layer in layers)
     far = not layers[-1].layout_rec & tables.RESIDENT
-    # One turn is one sample of a block, or those that take it together. It takes as long as the longest chain of
-    # latencies of a warp, or as all its instructions take to issue.
-    if together:
+    # One turn is one sample of a block. It takes as long as the longest chain of latencies of a warp, or as all its
+    # instructions take to issue.
+    if single:
         reached = max(len(shape.w_rec.units) / (len(shape.w_rec.begins) - 1) for shape in shapes)
         latency = STREAM_STRIP + STREAM_UNIT * reached + STRIP_FAR * far
-        turn = max(latency, together * (strips * STREAM_STRIP_ISSUE + tiles * STREAM_CELLS_ISSUE))
-        # The cells and the exchange of a turn go on while other samples take theirs.
-        apart = STREAM_CELLS + STREAM_EXCHANGE + STREAM_EXCHANGE_TILE * widest * together
-        return max(apart + turn, -(-samples // together) * turn, samples * widest * STREAM_EXCHANGE_TILE)
+        turn = max(latency, strips * STREAM_STRIP_ISSUE + tiles * STREAM_CELLS_ISSUE)
+        return STREAM_EXCHANGE + STREAM_EXCHANGE_TILE * widest + turn + STREAM_CELLS
     latency = -(-strips // warps) * (STRIP + STRIP_FAR * far) + -(-tiles // warps) * CELLS
     turn = max(latency, strips * STRIP_ISSUE + tiles * CELLS_ISSUE)
     return samples * (EXCHANGE + EXCHANGE_TILE * widest + turn)

@@ -104,7 +104,7 @@ def _launch(network: DeviceNetwork, each: Plan, rows, layers: range, steps: int,
     if each.cluster:
         # With several layers, the last two roles are INPUT and RECURRENT of the last layer.
         options = (each.layers[-1].layout_rec, each.layers[-2:][0].layout_in, each.cluster, *each.units_per_lane)
-        options += each.together, each.cell_warps, network.clocks is not None
+        options += each.single_strips, network.clocks is not None
         kernel = device.kernel(("cluster", *options), lambda: cluster_kernel(*options), threads)
     else:
         make, kind = single_kernel if each.single and cell.thresholded else layers_kernel, (cell.name, cell.variant)

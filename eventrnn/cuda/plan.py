@@ -111,9 +111,7 @@ class Plan:
     blocks   : (blocks, tables.BLOCK_FIELDS) int64, the block table of the first `groups * samples` samples
     cluster  : blocks per cluster; 0 without clusters
     units_per_lane : units that a lane of a cluster gathers together, in recurrent strips and in input strips
-    together : samples that recurrent clusters compute together, each with a warp per strip of a block, where strips are
-               of one chunk (`kernels/cluster_stream.py`); 0 where warps have several strips or strips several chunks
-    cell_warps : warps per block that only update cells, where such clusters have several samples
+    single_strips : whether recurrent clusters have one sample, and their warps at most one strip each, of one chunk
     """
 
     layers: tuple[LayerPlan, ...]
@@ -125,8 +123,7 @@ class Plan:
     blocks: np.ndarray
     cluster: int = 0
     units_per_lane: tuple[int, int] = (0, 0)
-    together: int = 0
-    cell_warps: int = 0
+    single_strips: bool = False
 
     @property
     def single(self) -> bool:

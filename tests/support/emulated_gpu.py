@@ -38,7 +38,6 @@ class Group:
 
     def __init__(self, size: int):
         self.lock, self.arrived, self.broken = threading.Lock(), 0, False
-        self.named: dict[int, NamedBarrier] = {}
         # One lock per thread wakes it faster than a condition that all threads share.
         self.gates = [threading.Lock() for _ in range(size)]
         for gate in self.gates:
@@ -132,29 +131,6 @@ class TransactionBarrier:
         return self.phase % 2 != parity
 
 
-class NamedBarrier:
-    """A barrier of a block at which some threads only arrive."""
-
-    def __init__(self):
-        self.changed, self.arrived, self.phase = threading.Condition(), 0, 0
-
-    def arrive(self, threads: int, wait: bool = False) -> None:
-        with self.changed:
-            phase = self.phase
-            self.arrived += 1
-            if self.arrived == threads:
-                self.arrived, self.phase = 0, phase + 1
-                self.changed.notify_all()
-            if wait and not self.changed.wait_for(lambda: self.phase > phase or here.block.broken, PATIENCE):
-                raise threading.BrokenBarrierError
-        if here.block.broken:
-            raise threading.BrokenBarrierError
-
-
-def _named_barrier(number) -> NamedBarrier:
-    return here.block.named.setdefault(int(number), NamedBarrier())
-
-
 #: by address, the transaction barriers of all blocks
 transactions: dict[int, TransactionBarrier] = {}
 
@@ -188,8 +164,6 @@ CLUSTERS = {
     "barrier_expect_bytes": lambda at, size: transactions[_whole(at)].count(1, int(size)),
     "barrier_try_wait": _try_wait,
     "store_async": _store_async,
-    "barrier_arrive": lambda number, threads: _named_barrier(number).arrive(int(threads)),
-    "barrier_sync": lambda number, threads: _named_barrier(number).arrive(int(threads), wait=True),
 }
 
 

@@ -11,7 +11,7 @@ Block   : owns `tiles` neighbouring tiles of 32 units (one row of the block tabl
           gate rows of these units. Strips are 32 neighbouring columns of the (3 * units) gate rows, so that they
           coincide with blocks of weights, and two blocks may both compute a strip that both need.
 Warp    : for one sample after the other, every `warps`-th strip of the block, then every `warps`-th tile. Where there
-          is a warp per strip, the turns are those of `cluster_stream.py`.
+          is one sample and a warp per strip, the turns are those of `cluster_stream.py`.
 Thread  : one column of a strip; one unit of a tile.
 
 Each step equals `reference.step` with variant "evnn": the drives equal `reference.propagate`, terms in ascending
@@ -28,17 +28,16 @@ y            shared   (samples, 2, row + 4) float32, all outputs of the layer af
                       after a row are zero and serve the padding of the tables
 barriers     shared   (samples, 2) mbarriers, one per row of y; at the same address in all blocks of the cluster
 strips       shared   (8,) int32: number of strips, then per gate its first strip and the shift from a unit to its
-                      column; then per strip 4 int32: address of its units and chunks (or, where a warp has one strip,
-                      its first entry and the number of its units), row of its weights, first column
+                      column; then per strip 4 int32: address of its units and chunks (for the turns of
+                      `cluster_stream.py` its first entry and the number of its units), row of its weights, first column
 units        shared   (strips, capacity) int32, byte offsets of units in a row of y, padded to whole chunks; in
-                      registers where a warp has one strip
+                      registers for the turns of `cluster_stream.py`
 rows         shared   (entries, 32) float32 or uint16 weights; in global memory (L2) if they do not fit
 bias         shared   (strips, 32) float32
-drives       shared   (strips, 2, 32) float32, input drives of this turn and of the next one; in registers where a warp
-                      has one strip
+drives       shared   (strips, 2, 32) float32, input drives of this turn and of the next one; in registers for the turns
+                      of `cluster_stream.py`
 gates        shared   (2, 2, strips + 1, 32) float32: gates u and r and the recurrent drive of the candidate, then the
-                      input drive of the candidate; each for even and odd turns. For several samples with a warp per
-                      strip (samples, 2, strips + 1, 32): both of each sample
+                      input drive of the candidate; each for even and odd turns
 c, threshold shared   (samples, tiles, 32) and (tiles, 32) float32
 hits         shared   per warp, scratch of `gather_product.py`
 ============ ======== ==========================================================================================
@@ -54,7 +53,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.cluster_stream import make_several_turns, make_stream_turns
+from eventrnn.cuda.kernels.cluster_stream import make_stream_turns
 from eventrnn.cuda.kernels.gather_product import make_gather_product
 from eventrnn.cuda.kernels.persistent import MAX_POLLS, UNWRITTEN, copy_to_shared
 from eventrnn.cuda.kernels.ptx import (
@@ -128,8 +127,7 @@ def cluster_kernel(
     blocks: int,
     units_per_lane: int,
     units_per_lane_in: int,
-    together: int = 0,
-    cell_warps: int = 0,
+    single: bool = False,
     clocked: bool = False,
 ):
     """The kernel of the cluster plan and its signature.
@@ -138,9 +136,8 @@ def cluster_kernel(
     blocks             : blocks per cluster: 1, 2, 4, 8 or 16
     units_per_lane     : units that a lane gathers together in recurrent strips
     units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
-    together           : samples that take a turn of `cluster_stream.py` together, where a warp of a recurrent cluster
-                         has one strip (`plan.Plan.together`); 0 for the turns below
-    cell_warps         : warps of a block that only update cells, where a cluster has several samples; 0 for one sample
+    single             : recurrent clusters have one sample, and a warp at most one strip, of one chunk
+                         (`plan.Plan.single_strips`): their turns are those of `cluster_stream.py`
     clocked            : measure the phases of a turn (`tables.TURN_PHASES`), which costs time itself
     """
     has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
@@ -169,10 +166,7 @@ def cluster_kernel(
             store_async(int32(block + offset), word, int32(block + barrier))
 
     functions = wait_for_phase, poll_drive, broadcast_tile, cycles
-    if cell_warps:
-        stream_turns = make_several_turns(layout, units_per_lane, has_input_clusters, together, cell_warps, functions)
-    else:
-        stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
+    stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
 
     @device_function
     def load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, listed, chunk, beyond, thread, threads):
@@ -268,7 +262,7 @@ def cluster_kernel(
         bias_at = int32(base + int32(block[tables.AT_BIAS]) + 4 * lane)
         steps32, max_polls = int32(steps), int32(MAX_POLLS)
         samples, tiles = in_all_lanes(samples), in_all_lanes(tiles)
-        in_shared, chunk, beyond, listed = resident, int32(LANES * units_per_lane), row_size, together == 0
+        in_shared, chunk, beyond, listed = resident, int32(LANES * units_per_lane), row_size, not single
         if has_input_clusters and input_log != 0:
             in_shared, chunk, beyond, listed = resident_in, int32(LANES * units_per_lane_in), int32(-1), True
         hits_at = int32(base + int32(block[tables.AT_HITS]) + tables.HIT_BYTES * (chunk + tables.LIST_PAD) * warp)
@@ -360,7 +354,7 @@ def cluster_kernel(
                 if column >= first_column and column - first_column < last_unit - first_unit:
                     store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
                 slot = int32(slot + warps)
-        elif together:
+        elif single:
             stream_turns(layer, block, base, rows_from, first, steps32, batch, faults_at, thread)
         else:
             gates_size = int32(TILE_BYTES * (strips + 1))

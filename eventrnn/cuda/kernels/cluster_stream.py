@@ -1,17 +1,13 @@
-"""The turns of a recurrent cluster whose warps have one strip each: the shortest way through a step of few streams.
+"""The turns of a recurrent cluster of one sample whose warps have one strip each: the shortest way through a step.
 
 A step of one stream is a chain of latencies: outputs travel, a warp gathers those that reach its strip, adds their
 weights, evaluates a gate, and a warp per tile updates the cells. So nothing here is a loop or a branch that need not be
-one, and what does not change stays in registers: units of the strip, bias, and for one sample cells and thresholds.
-What a step needs from global memory is loaded a step ahead, and the barrier of the step before made ready, while the
-outputs of the step before travel.
-
-A cluster of several samples takes its turns one after the other, with a warp per strip as well, so that outputs of one
-sample travel while the others are computed. Other warps update the cells.
+one, and what does not change stays in registers: units of the strip, bias, cells and thresholds. What a step needs from
+global memory is loaded a step ahead, and the barrier of the step before made ready while the outputs of the step before
+travel.
 
 Arrays, barriers and arithmetic are those of `cluster.py`, which this is a part of. Every warp computes a strip; those
-of a block with fewer strips than warps per team compute its last strip again, and write it where nothing is read. Teams
-without a sample compute the last one again, and update no cells.
+of a block with fewer strips than warps compute its last strip again, and write it where nothing is read.
 """
 
 from __future__ import annotations
@@ -31,9 +27,7 @@ from eventrnn.cuda.kernels.gather_product import (
 )
 from eventrnn.cuda.kernels.persistent import MAX_POLLS
 from eventrnn.cuda.kernels.ptx import (
-    barrier_arrive,
     barrier_expect_bytes,
-    barrier_sync,
     egru_reset_gate,
     egru_value_of_gates,
     global_float32,
@@ -53,52 +47,8 @@ from eventrnn.cuda.tables import LANES
 TILE_BYTES = 4 * LANES
 
 
-@device_function
-def update_tile(gates, to_r, to_g, to_drive, c, threshold):
-    """Output and cell of the lane's unit after a step.
-
-    gates    : address of the lane's gate u; those of gate r and of the candidate's recurrent drive lie `to_r` and
-               `to_g` bytes on, its input drive `to_drive` after that
-    c        : the cell before the step
-    """
-    u, r = load_shared_float(gates), load_shared_float(int32(gates + to_r))
-    rec, drive = load_shared_float(int32(gates + to_g)), load_shared_float(int32(gates + to_g + to_drive))
-    zero = np.float32(0)
-    value, _, _, _ = egru_value_of_gates(u, r, drive, zero, zero, rec, c)
-    y, after = zero, value
-    if value > threshold:
-        y, after = value, value - threshold
-    return y, after
-
-
-@device_function
-def store_cycles(layer, lane, warp, copied, waited, multiplied, met, updated):
-    """Write the cycles of the phases of this warp (`tables.TURN_PHASES`), where they are measured."""
-    clocks = layer[tables.CLOCKS]
-    if clocks != 0 and lane == 0:
-        counts = global_int64(clocks)
-        at = len(tables.TURN_PHASES) * (int64(cuda.blockIdx.x) * (int32(cuda.blockDim.x) >> 5) + warp)
-        counts[at], counts[at + 1], counts[at + 2] = copied, waited, multiplied
-        counts[at + 3], counts[at + 4] = met, updated
-
-
-def make_quotient(below: int):
-    """The device function quotient(value, divisor): their quotient without its fraction, if that is below `below`."""
-
-    @device_function
-    def quotient(value, divisor):
-        found = int32(0)
-        for k in range(1, below):
-            found = int32(found + int32(value >= int32(k * divisor)))
-        return found
-
-    return quotient
-
-
 def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool, functions):
     """The device function stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread).
-
-    The turns of a cluster of one sample, whose warps update a tile after their strip.
 
     base        : address of shared memory
     values_from : where the block's rows of weights begin, plus the lane's offset in a row
@@ -198,9 +148,15 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
             meeting_done = cycles()
             row_at, barrier = int32(rows_sum - row_at), int32(barriers_sum - barrier)
             if has_tile:
-                y, c = update_tile(
-                    int32(gates + own_tile), int32(4 * shift_r), int32(4 * shift_g), int32(2 * gates_size), c, threshold
-                )
+                u = load_shared_float(int32(gates + own_tile))
+                r = load_shared_float(int32(gates + own_tile + 4 * shift_r))
+                rec = load_shared_float(int32(gates + own_tile + 4 * shift_g))
+                drive = load_shared_float(int32(gates + own_tile + 4 * shift_g + 2 * gates_size))
+                zero = np.float32(0)
+                value, _, _, _ = egru_value_of_gates(u, r, drive, zero, zero, rec, c)
+                y, c = zero, value
+                if value > threshold:
+                    y, c = value, value - threshold
                 # The last outputs are sent as well: without a branch, addresses are computed while `y` is.
                 broadcast_tile(base, int32(row_at + tile_at), int32(barrier - base), lane, y)
                 if mine:
@@ -223,175 +179,11 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
             global_int32(faults_at)[0] = 1
         if mine:
             carried[place] = c
-        store_cycles(layer, lane, warp, copied, waited, multiplied, met, updated)
+        clocks = layer[tables.CLOCKS]
+        if clocks != 0 and lane == 0:
+            counts = global_int64(clocks)
+            at = len(tables.TURN_PHASES) * (int64(cuda.blockIdx.x) * (int32(cuda.blockDim.x) >> 5) + warp)
+            counts[at], counts[at + 1], counts[at + 2] = copied, waited, multiplied
+            counts[at + 3], counts[at + 4] = met, updated
 
     return stream_turns
-
-
-def make_several_turns(
-    layout: int, units_per_lane: int, has_input_clusters: bool, together: int, cell_warps: int, functions
-):
-    """The device function several_turns, of the arguments of `stream_turns`: the turns of a cluster of some samples.
-
-    together   : samples of a turn; each has a team of warps, one per strip of the block
-    cell_warps : warps of a block that update cells, and have no strip
-
-    Warps with strips do not wait for each other: a turn ends with an arrival at the barrier of its number, at which the
-    warps of cells wait. The gates of a sample are written again only once its outputs have arrived, for which they
-    have been read.
-    """
-    wait_for_phase, poll_drive, broadcast_tile, cycles = functions
-    row_bytes, hit_product = row_bytes_of(layout), make_hit_product(layout, reached=True, deep=True)
-    load_units, list_hits = make_load_units(units_per_lane), make_list_hits(layout, units_per_lane)
-    load_outputs, team_of = make_unrolled(load_output, units_per_lane, np.float32(0)), make_quotient(together)
-
-    @device_function
-    def several_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread):
-        lane, warp = thread & int32(31), cuda.shfl_sync(FULL_WARP, int32(thread >> int32(5)), int32(0))
-        lanes_below = int32((int32(1) << lane) - 1)
-        n, tiles, tile = int32(layer[tables.UNITS]), int32(block[tables.TILES]), int32(block[tables.TILE])
-        row_size = int32(block[tables.ALL_TILES]) * int32(TILE_BYTES)
-        max_polls = int32(MAX_POLLS)
-        samples = cuda.shfl_sync(FULL_WARP, int32(block[tables.SAMPLES]), int32(0))
-        strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
-        strips, _, _, _ = load_shared4(int32(strips_at - 32))
-        shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
-        threads = int32(cuda.blockDim.x)
-        slots = int32(int32((threads >> int32(5)) - cell_warps) // together)
-        y_size, y_at = int32(row_size + 16), int32(base + int32(block[tables.AT_Y]))
-        barriers = int32(base + int32(block[tables.AT_BARRIERS]))
-        team_size = int32(TILE_BYTES * (strips + 1))
-        gates = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
-        drive_bytes, log_row_bytes, states = 12 * int64(n), 4 * layer[tables.PITCH], layer[tables.STATES]
-        copied, waited, multiplied, met, updated = int64(0), int64(0), int64(0), int64(0), int64(0)
-        t, sample, turn = int32(0), int32(0), int32(1)
-        if warp < int32(together * slots):
-            team = team_of(warp, slots)
-            member = int32(warp - team * slots)
-            slot = min(member, int32(strips - 1))
-            own, reached, row, column = load_shared4(int32(strips_at + 16 * slot))
-            o0, o1, o2, o3, o4, o5, o6 = load_units(
-                layer[tables.UNITS_OF] + int64(4) * own, int32(units_per_lane * lane), reached, row_size
-            )
-            values_at = values_from + int64(row_bytes) * row
-            bias = load_shared_float(int32(base + int32(block[tables.AT_BIAS]) + 4 * lane + TILE_BYTES * slot))
-            hits_at = int32(
-                base
-                + int32(block[tables.AT_HITS])
-                + tables.HIT_BYTES * (LANES * units_per_lane + tables.LIST_PAD) * warp
-            )
-            is_gate = slot < strip_g
-            drive_at = (
-                layer[tables.DRIVE] + first * drive_bytes + int64(4) * min(int32(column + lane), int32(3 * n - 1))
-            )
-            own_gate = int32(gates + TILE_BYTES * min(member, strips))
-            while t < steps:
-                began = cycles()
-                own_sample = min(int32(sample + team), int32(samples - 1))
-                drive_from = drive_at + own_sample * drive_bytes
-                word = load_relaxed(drive_from)
-                barrier = int32(barriers + 16 * own_sample + 8 * (t & int32(1)))
-                if member == 0 and lane == 0 and t > 1 and int32(sample + team) < samples:
-                    barrier_expect_bytes(int32(barrier + 8 - 16 * (t & int32(1))), row_size)
-                copies_done = cycles()
-                if t > 0 and not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
-                    global_int32(faults_at)[0] = 1
-                    max_polls = int32(1)
-                waits_done = cycles()
-                row_at = int32(y_at + y_size * (2 * own_sample + (t & int32(1))))
-                v = load_outputs(row_at, (o0, o1, o2, o3, o4, o5, o6))
-                hits = list_hits(v, int32(row_bytes * units_per_lane * lane), hits_at, lanes_below)
-                acc = hit_product(bias, values_at, hits_at, hits, lane)
-                drive = libdevice.int_as_float(word)
-                if has_input_clusters:
-                    drive, complete = poll_drive(drive, drive_from, max_polls)
-                    if not complete:
-                        global_int32(faults_at)[0] = 1
-                        max_polls = int32(1)
-                    cuda.syncwarp(FULL_WARP)
-                gate = egru_reset_gate(drive, acc)
-                if not is_gate:
-                    gate = acc
-                # Teams without a sample write nothing.
-                if int32(sample + team) < samples:
-                    store_shared_float(int32(own_gate + 2 * team_size * own_sample), gate)
-                    store_shared_float(int32(own_gate + 2 * team_size * own_sample + team_size), drive)
-                products_done = cycles()
-                barrier_arrive(turn, threads)
-                copied += copies_done - began
-                waited += waits_done - copies_done
-                multiplied += products_done - waits_done
-                sample, turn = int32(sample + together), int32(turn + 1)
-                if sample >= samples:
-                    sample, turn, t = int32(0), int32(1), int32(t + 1)
-                    drive_at += batch * drive_bytes
-            # No block may end while outputs travel to it.
-            sample = int32(0)
-            while sample < samples and steps > 0:
-                barrier = int32(barriers + 16 * sample + 8 * (steps & int32(1)))
-                if not wait_for_phase(barrier, int32(((steps - 1) >> 1) & 1), max_polls):
-                    global_int32(faults_at)[0] = 1
-                    max_polls = int32(1)
-                sample = int32(sample + 1)
-        else:
-            carried = global_float32(layer[tables.CELLS])
-            cells_at = int32(base + int32(block[tables.AT_CELLS]) + 4 * lane)
-            thresholds_at = int32(base + int32(block[tables.AT_THRESHOLD]) + 4 * lane)
-            job, jobs = int32(warp - together * slots), int32(tiles * samples)
-            first_job = job
-            while job < jobs:
-                own_sample = int32(job // tiles)
-                unit = min(int32(LANES * (tile + job - own_sample * tiles) + lane), int32(n - 1))
-                store_shared_float(int32(cells_at + TILE_BYTES * job), carried[(first + own_sample) * n + unit])
-                job = int32(job + cell_warps)
-            cuda.syncwarp(FULL_WARP)
-            job = first_job
-            sent_at = layer[tables.EVENT_LOG] + (batch + first) * log_row_bytes
-            after_at = states + first * (drive_bytes // 3)
-            while t < steps:
-                began = cycles()
-                barrier_sync(turn, threads)
-                meeting_done = cycles()
-                # Jobs are the tiles of the first sample, then those of the second one, and so on.
-                end = int32(tiles * min(int32(sample + together), samples))
-                while job < end:
-                    own_sample = int32(sample + team_of(int32(job - tiles * sample), tiles))
-                    own_tile = int32(job - tiles * own_sample)
-                    unit, threshold = int32(LANES * (tile + own_tile) + lane), np.float32(np.inf)
-                    if unit < n:
-                        threshold = load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
-                    cell = int32(cells_at + TILE_BYTES * job)
-                    y, c = update_tile(
-                        int32(gates + 2 * team_size * own_sample + TILE_BYTES * own_tile),
-                        int32(4 * shift_r),
-                        int32(4 * shift_g),
-                        team_size,
-                        load_shared_float(cell),
-                        threshold,
-                    )
-                    odd = int32((t + 1) & 1)
-                    to_row = int32(y_at - base + y_size * (2 * own_sample + odd) + TILE_BYTES * (tile + own_tile))
-                    broadcast_tile(base, to_row, int32(barriers - base + 16 * own_sample + 8 * odd), lane, y)
-                    store_shared_float(cell, c)
-                    if unit < n:
-                        store_relaxed(sent_at + own_sample * log_row_bytes + int64(4) * unit, y)
-                        if states != 0:
-                            store_float(after_at + own_sample * (drive_bytes // 3) + int64(4) * unit, c)
-                    job = int32(job + cell_warps)
-                met += meeting_done - began
-                updated += cycles() - meeting_done
-                sample, turn = int32(sample + together), int32(turn + 1)
-                if sample >= samples:
-                    sample, turn, t, job = int32(0), int32(1), int32(t + 1), first_job
-                    sent_at += batch * log_row_bytes
-                    after_at += batch * (drive_bytes // 3)
-            job = first_job
-            while job < jobs:
-                own_sample = int32(job // tiles)
-                unit = int32(LANES * (tile + job - own_sample * tiles) + lane)
-                if unit < n:
-                    carried[(first + own_sample) * n + unit] = load_shared_float(int32(cells_at + TILE_BYTES * job))
-                job = int32(job + cell_warps)
-        store_cycles(layer, lane, warp, copied, waited, multiplied, met, updated)
-
-    return several_turns

@@ -431,11 +431,6 @@ barrier_expect_bytes = instruction(
     "mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT
 )
 
-#: number of a barrier of the block, from 1 on, and the threads that it waits for: arrive there, and do not wait; wait
-#: until all have arrived
-barrier_arrive = instruction("bar.arrive $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
-barrier_sync = instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
-
 #: barrier, parity -> 1 once the phase of that parity is complete; the hardware waits for a limited time
 barrier_try_wait = instruction(
     "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
