@@ -20,12 +20,24 @@ def every_cudnn() -> str:
     batch 1, and to the standard one at batch 64, where the dynamic one takes eight times as long. At batch 16 a static
     LSTM takes a third of the time of a static GRU.
 
-    The lines of e6d0275 are of the kernel before the one for single streams ([phases](#phases-of-the-cluster-kernel)),
-    which takes 0.59 of its time at 512 units and 0.80 at 1344. Those rows, and those of 16 and 64 streams, have not
-    been measured again. In the mean of all warps two fifths of a step of one stream are the exchange of outputs and the
-    wait for the slowest block, at every size, so a tenth of the weights is not a tenth of the time. A dense layer of
-    one stream is slower than cuDNN's: its blocks wait for each other through global memory, in a kernel that has not
-    changed.
+    cuDNN's times differ by a tenth from run to run: its fastest took 0.93 and 0.98 µs at 512 units in two runs of one
+    hour, 1.19 and 1.30 µs at 1024, and 2.47 and 2.69 µs at 1344. Beside the smaller ones, ours are 1.74, 1.55 and 2.4
+    times faster.
+
+    Rows that miss what was asked of them, 2 times at 1024 units and 1.2 times with dense weights, or were not measured:
+
+    | row | predicted | found | what is left |
+    | --- | --- | --- | --- |
+    | 1024 units, one stream | 0.75 µs | 0.77 µs, 1.69 times | a chain of latencies, see below |
+    | dense, 1344 units | as before | 0.90 times | its kernel has not changed: blocks wait through global memory, and a \
+warp adds 134 terms in order, in 5 groups whose loads wait for each other |
+    | 16 and 64 streams | | not measured | rows above 512 units, and the present choice of plans; those of e6d0275 had \
+another one. This H200 holds 15 clusters of 8 multiprocessors: 16 streams cannot have one each |
+
+    Samples of all warps at 1024 units, by `ncu`, before the last changes of the kernel: a third wait for the outputs of
+    the other blocks, a quarter for the result of the instruction before, 9 % for the barrier of the block, 8 % for
+    shared memory, 2 % for instructions. Of 1500 cycles of a step, the exchange alone takes 550; then some 20 dependent
+    instructions find the events, each event is a dependent multiplication, and two exponentials follow each other.
 
     FlashRNN (`flashrnn` 1.0.8) is not a baseline: its fused kernels did not build on that machine (extension
     `gpu_info2`), and its other ones took 18.8 µs per step for an LSTM of 768 units at batch 16, without the input
@@ -74,9 +86,10 @@ def cluster_phases() -> str:
     `cells`, in a warp that has a tile, includes the wait for the other warps of its block. Rows of 16 blocks are of the
     kernel for one stream, the others of the one for several, which one stream had before: at 16 blocks that one took
     0.97 µs at 512 units and 1.35 µs at 1344, on the same machine. Larger clusters were faster at every size: what
-    smaller ones spare in the exchange, they lose in strips per multiprocessor. Since these lines a lane sends its own
-    output, to one block after the other, in place of four outputs at once to four blocks: the exchange alone then takes
-    10 % less, and the layers of the [table above](#every-algorithm-of-cudnn) with commit cb2af7f run so.
+    smaller ones spare in the exchange, they lose in strips per multiprocessor. Since the lines of 16 blocks of ed3fcfa
+    (0.57, 0.74, 0.82 and 1.08 µs) a lane sends its own output, to one block after the other, and to all of them without
+    a branch, so that addresses are ready before the output; drives are loaded a step ahead. Loading up to 32 events of
+    a strip together, in place of 16, changed nothing that could be measured.
     """
     lines, rows = read("gpu_phases"), []
     for units, blocks in product((512, 768, 1024, 1344), (16, 8, 4)):
