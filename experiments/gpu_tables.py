@@ -29,8 +29,8 @@ def every_cudnn() -> str:
     | row | predicted | found | what is left |
     | --- | --- | --- | --- |
     | 1024 units, one stream | 0.75 µs | 0.77 µs, 1.69 times | a chain of latencies, see below |
-    | dense, 1344 units | as before | 0.90 times | its kernel has not changed: blocks wait through global memory, and a \
-warp adds 134 terms in order, in 5 groups whose loads wait for each other |
+    | dense, 1344 units | as before | 0.90 times | its kernel has not changed: blocks wait through global memory, and \
+a warp adds 134 terms in order, in 5 groups whose loads wait for each other |
     | 16 and 64 streams | | not measured | rows above 512 units, and the present choice of plans; those of e6d0275 had \
 another one. This H200 holds 15 clusters of 8 multiprocessors: 16 streams cannot have one each |
 
