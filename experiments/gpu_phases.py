@@ -27,13 +27,16 @@ from eventrnn.state import State
 RESULTS = Path(__file__).parent / "results" / "gpu_phases.jsonl"
 KEY = ("hidden", "batch", "activity", "cluster", "most_warps")
 PHASES = tables.TURN_PHASES
-SIZES, STEPS, REPEATS = (512, 768, 1024, 1344), 1000, 15
+SIZES, REPEATS = (512, 768, 1024, 1344), 15
+
+# Steps of one stream; of more there are fewer, because a run must be one launch for its cycles.
+STEPS, FEWEST_STEPS = 1000, 100
 
 
 def measured(network: Network, inputs, size: int) -> dict | None:
     """The figures of one cluster size; None where the layer does not fit."""
     cluster_plan.CLUSTER_SIZES = (size,)
-    batch, found = inputs.shape[1], {}
+    steps, batch, found = inputs.shape[0], inputs.shape[1], {}
     for clocked in (False, True):
         engine = CudaBackend().engine(network)
         plan = engine.packed.plans(batch, ())[0]
@@ -45,9 +48,9 @@ def measured(network: Network, inputs, size: int) -> dict | None:
         enqueue = engine.on_device(engine.prepare(inputs), State.zeros(network, batch), counting=False)
         seconds = [engine.device.seconds(enqueue) for _ in range(REPEATS)]
         name = "clocked_us_per_step" if clocked else "us_per_step"
-        found[name] = float(np.median(seconds[2:])) / STEPS * 1e6
+        found[name] = float(np.median(seconds[2:])) / steps * 1e6
         if clocked:
-            turns = STEPS * plan.samples
+            turns = steps * plan.samples
             cycles = engine.packed.clocks.get() / turns
             found["cycles"] = dict(zip(PHASES, cycles.mean(axis=(0, 1)), strict=True))
             slowest = np.unravel_index(cycles[:, :, 2].argmax(), cycles.shape[:2])
@@ -77,7 +80,7 @@ def main(
         rng = np.random.default_rng(0)
         options = {"sparsity": 0.9, "format": "block", "block": (1, 32), "variant": "evnn", "dtype": "bfloat16"}
         network = random_network(units, 1, rng=rng, **options)
-        inputs = random_events(STEPS, batch, units, activity, rng)
+        inputs = random_events(max(FEWEST_STEPS, STEPS // batch), batch, units, activity, rng)
         network = at_activity(network, inputs, activity, "cuda")
         for size in cluster or CLUSTER_SIZES:
             found = measured(network, inputs, size)
