@@ -269,7 +269,7 @@ class GatedMatrix:
             tables.AT_GATES: 4 * samples * pitches[tables.GATES_PITCH],
             tables.AT_KEYS: 4 * blocks,
             tables.AT_RATIOS: 4 * (self.weights.kept_blocks + RATIO_PAD),
-            tables.AT_WORDS: 4 * CHOICE_WORDS,
+            tables.AT_WORDS: 4 * (CHOICE_WORDS + 2 * LANES * self.warps),
             tables.AT_MAXIMA: 4 * LANES * samples,
             tables.AT_DRIVES_IN: 4 * LANES * samples * own_strips,
             tables.AT_DRIVES_REC: 4 * LANES * samples * own_strips,

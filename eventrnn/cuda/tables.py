@@ -206,8 +206,9 @@ LIST_BYTES, SCALED_BYTES = (16 + 8) * LANES, 2 * 4 * PIECE
 # What follows the stages in the ring of a warp: the sums and as many totals of logits, or lists and inputs.
 TAIL_BYTES = max(2 * SUM_BYTES, LIST_BYTES + SCALED_BYTES)
 
-# Words of shared memory in which the warps of a block exchange counts while they choose, and numbers behind the ratios.
-CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
+# Words of shared memory in which the warps of a block exchange counts while they choose, without two rows of a warp for
+# each of them; and numbers behind the ratios.
+CHOICE_WORDS, RATIO_PAD = 160, 64
 
 # Columns of the table of one matrix of gated blocks. Addresses are in bytes. "Strips" are `gated_matrix.RowStrips`.
 (
@@ -255,7 +256,7 @@ CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
     AT_GATES,  # (samples, blocks) float32, logits and then gates
     AT_KEYS,  # (blocks,) int32
     AT_RATIOS,  # (kept blocks + RATIO_PAD,) float32
-    AT_WORDS,  # (CHOICE_WORDS,) int32
+    AT_WORDS,  # (CHOICE_WORDS + 64 per warp,) int32
     AT_MAXIMA,  # (samples, 32) int32, bits of the largest magnitude of an input, per warp
     AT_RINGS,  # (WORKERS, STAGES * stage bytes + TAIL_BYTES), weights on their way, and sums
     AT_DRIVES_IN,  # (samples, tiles, gates, 32) float32

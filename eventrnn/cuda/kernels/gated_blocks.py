@@ -376,6 +376,32 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return acc
 
     @device_function
+    def add_turn(acc, step, w_at, x_at, next_w, next_x, a, p, b, q, c, r):
+        """Add the terms of 32 rows, of which weights and inputs of the first 24 are in six sets of registers.
+
+        w_at, x_at     : addresses of the lane's weights and of the inputs of these rows
+        next_w, next_x : the same of the rows of the next turn, of which the first 24 are loaded
+
+        Returns the sum and the sets of the next turn.
+        """
+        next8 = int64(1 if narrow else 2) * step
+        d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), int64(16))
+        return end_turn(acc, step, next_w, next_x, d, s, a, p, b, q, c, r)
+
+    @device_function
+    def end_turn(acc, step, next_w, next_x, d, s, a, p, b, q, c, r):
+        """`add_turn` after the last eight rows are in the sets d and s."""
+        next8, sixteen = int64(1 if narrow else 2) * step, int64(16)
+        acc = add8(acc, a, p)
+        next_a, next_p = weights8(next_w, step), load8(next_x, sixteen)
+        acc = add8(acc, b, q)
+        next_b, next_q = weights8(next_w + next8, step), load8(next_x + int64(32), sixteen)
+        acc = add8(acc, c, r)
+        next_c, next_r = weights8(next_w + 2 * next8, step), load8(next_x + int64(64), sixteen)
+        acc = add8(acc, d, s)
+        return acc, next_a, next_p, next_b, next_q, next_c, next_r
+
+    @device_function
     def add_whole_rows(acc, strip, received, ring_at, lane):
         """`add_strip` for one row of inputs, a strip of one block column, and block rows of whole pieces.
 
@@ -417,6 +443,50 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
             c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
             r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+            whole = rows == PIECE
+            while whole and done + 1 < resident:
+                # Like the next loop, of pieces that need no copies, without a branch.
+                done = int32(done + 1)
+                t0, t1, t2, t3 = load_shared_float4(raw_at + int64(next_raw))
+                entry_at = int32(min(int32(entry_at + int32(16)), last_at))
+                further_place, further_raw, further_gate, _ = load_shared4(entry_at)
+                w_1, w_2, w_3 = w_at + 4 * next8, w_at + 8 * next8, w_at + 12 * next8
+                x_1, x_2, x_3 = x_at + int64(128), x_at + int64(256), x_at + int64(384)
+                acc, wa_1, xa_1, wb_1, xb_1, wc_1, xc_1 = add_turn(
+                    acc,
+                    step,
+                    w_at,
+                    x_at,
+                    w_1,
+                    x_1,
+                    (a0, a1, a2, a3, a4, a5, a6, a7),
+                    (p0, p1, p2, p3, p4, p5, p6, p7),
+                    (b0, b1, b2, b3, b4, b5, b6, b7),
+                    (q0, q1, q2, q3, q4, q5, q6, q7),
+                    (c0, c1, c2, c3, c4, c5, c6, c7),
+                    (r0, r1, r2, r3, r4, r5, r6, r7),
+                )
+                acc, wa_2, xa_2, wb_2, xb_2, wc_2, xc_2 = add_turn(
+                    acc, step, w_1, x_1, w_2, x_2, wa_1, xa_1, wb_1, xb_1, wc_1, xc_1
+                )
+                acc, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3 = add_turn(
+                    acc, step, w_2, x_2, w_3, x_3, wa_2, xa_2, wb_2, xb_2, wc_2, xc_2
+                )
+                half, factor = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
+                store_shared_float4(int32(to_at + int64(half)), factor * t0, factor * t1, factor * t2, factor * t3)
+                w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
+                # All lanes have written the inputs of the next piece.
+                cuda.syncwarp(FULL_WARP)
+                (
+                    acc,
+                    (a0, a1, a2, a3, a4, a5, a6, a7),
+                    (p0, p1, p2, p3, p4, p5, p6, p7),
+                    (b0, b1, b2, b3, b4, b5, b6, b7),
+                    (q0, q1, q2, q3, q4, q5, q6, q7),
+                    (c0, c1, c2, c3, c4, c5, c6, c7),
+                    (r0, r1, r2, r3, r4, r5, r6, r7),
+                ) = add_turn(acc, step, w_3, x_3, w_at, x_at, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3)
+                next_place, next_raw, next_gate = further_place, further_raw, further_gate
             while done < count:
                 done = int32(done + 1)
                 u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
@@ -424,28 +494,37 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 later_place, later_raw, later_gate, _ = load_shared4(entry_at)
                 turn = int32(TURN)
                 while turn < rows:
-                    d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
-                    acc = add8(acc, (a0, a1, a2, a3, a4, a5, a6, a7), (p0, p1, p2, p3, p4, p5, p6, p7))
-                    a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
-                    p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
-                    acc = add8(acc, (b0, b1, b2, b3, b4, b5, b6, b7), (q0, q1, q2, q3, q4, q5, q6, q7))
-                    b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
-                    q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
-                    acc = add8(acc, (c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7))
-                    c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
-                    r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
-                    acc = add8(acc, d, s)
+                    (
+                        acc,
+                        (a0, a1, a2, a3, a4, a5, a6, a7),
+                        (p0, p1, p2, p3, p4, p5, p6, p7),
+                        (b0, b1, b2, b3, b4, b5, b6, b7),
+                        (q0, q1, q2, q3, q4, q5, q6, q7),
+                        (c0, c1, c2, c3, c4, c5, c6, c7),
+                        (r0, r1, r2, r3, r4, r5, r6, r7),
+                    ) = add_turn(
+                        acc,
+                        step,
+                        w_at,
+                        x_at,
+                        w_at + 4 * next8,
+                        x_at + int64(128),
+                        (a0, a1, a2, a3, a4, a5, a6, a7),
+                        (p0, p1, p2, p3, p4, p5, p6, p7),
+                        (b0, b1, b2, b3, b4, b5, b6, b7),
+                        (q0, q1, q2, q3, q4, q5, q6, q7),
+                        (c0, c1, c2, c3, c4, c5, c6, c7),
+                        (r0, r1, r2, r3, r4, r5, r6, r7),
+                    )
                     turn, w_at, x_at = int32(turn + TURN), w_at + 4 * next8, x_at + int64(128)
-                e, t = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
-                acc = add8(acc, (a0, a1, a2, a3, a4, a5, a6, a7), (p0, p1, p2, p3, p4, p5, p6, p7))
                 half, scale = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
                 store_shared_float4(int32(to_at + int64(half)), scale * u0, scale * u1, scale * u2, scale * u3)
-                w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
-                # All lanes have written the inputs of the next piece.
+                next_w, next_x = own_at + int64(next_place), scaled_at + int64(half)
+                # The last numbers of the piece are read before its place may be written again.
+                d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
                 cuda.syncwarp(FULL_WARP)
                 if done >= resident:
                     if done > resident:
-                        # All lanes have read the present piece, whose place may be written again.
                         wanted = copied < streamed
                         offset = offsets[copied] if wanted else int64(0)
                         copy_piece(strip, offset, wanted, ring_at + piece_bytes * slot, lane)
@@ -453,16 +532,31 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                         if slot == PIECES_AHEAD:
                             slot = int32(0)
                     wait_for_oldest_row()
+                    # The other lanes have copied parts of the next piece.
                     cuda.syncwarp(FULL_WARP)
-                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-                acc = add8(acc, (b0, b1, b2, b3, b4, b5, b6, b7), (q0, q1, q2, q3, q4, q5, q6, q7))
-                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
-                acc = add8(acc, (c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7))
-                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
-                acc = add8(acc, e, t)
+                (
+                    acc,
+                    (a0, a1, a2, a3, a4, a5, a6, a7),
+                    (p0, p1, p2, p3, p4, p5, p6, p7),
+                    (b0, b1, b2, b3, b4, b5, b6, b7),
+                    (q0, q1, q2, q3, q4, q5, q6, q7),
+                    (c0, c1, c2, c3, c4, c5, c6, c7),
+                    (r0, r1, r2, r3, r4, r5, r6, r7),
+                ) = end_turn(
+                    acc,
+                    step,
+                    next_w,
+                    next_x,
+                    d,
+                    s,
+                    (a0, a1, a2, a3, a4, a5, a6, a7),
+                    (p0, p1, p2, p3, p4, p5, p6, p7),
+                    (b0, b1, b2, b3, b4, b5, b6, b7),
+                    (q0, q1, q2, q3, q4, q5, q6, q7),
+                    (c0, c1, c2, c3, c4, c5, c6, c7),
+                    (r0, r1, r2, r3, r4, r5, r6, r7),
+                )
+                w_at, x_at = next_w, next_x
                 next_place, next_raw, next_gate = later_place, later_raw, later_gate
         return acc
 

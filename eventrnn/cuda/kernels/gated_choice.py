@@ -12,7 +12,7 @@ array       memory   shape, dtype, contents
 gates       shared   (blocks,) float32, logits and then gates, 0 for blocks that are not chosen
 keys        shared   (blocks,) int32: bits of a logit in the order of the numbers; then the place among the chosen
 ratios      shared   (kept blocks + RATIO_PAD,) float32, of the chosen blocks in ascending order, then zeros
-words       shared   (CHOICE_WORDS,) int32, counts per warp and what one warp tells the others
+words       shared   (CHOICE_WORDS + 64 per warp,) int32, counts per warp and what one warp tells the others
 maxima      shared   (32,) int32, per warp the bits of the largest magnitude among its inputs
 =========== ======== ===========================================================================================
 """
@@ -33,7 +33,7 @@ from eventrnn.cuda.tables import LANES, RATIO_PAD
 LOWEST_KEY, MAGNITUDE = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
 
 # Places of `words`: counts of two votes per warp, the largest and the smallest key of each warp, whether the gates are
-# not finite, the bits of what ratios are multiplied by, and twice the candidates and counts of each warp.
+# not finite, the bits of what ratios are multiplied by, and twice the counts of the candidates by each warp.
 SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, COUNTS = 32, 64, 96, 128, 129, 160
 
 # Turns of the search that divide the interval of the logits, before those that divide the interval of the keys. The
@@ -124,62 +124,59 @@ def candidate_of(low, high, turn, share):
 
 
 @device_function
-def reaching(candidate, a, b, c, d):
-    """How many of four keys reach a candidate."""
-    return int32(int32(a >= candidate) + int32(b >= candidate) + int32(c >= candidate) + int32(d >= candidate))
+def reaching(candidate, logits, first, step, n):
+    """How many of logits[first:n:step] are at least a candidate. All lanes read the same number at a time."""
+    count, b = int32(0), first
+    while b + 3 * step < n:
+        one, two = int32(logits[b] >= candidate), int32(logits[int32(b + step)] >= candidate)
+        three, four = int32(logits[int32(b + 2 * step)] >= candidate), int32(logits[int32(b + 3 * step)] >= candidate)
+        count, b = int32(int32(count + one + two) + int32(three + four)), int32(b + 4 * step)
+    while b < n:
+        count, b = int32(count + int32(logits[b] >= candidate)), int32(b + step)
+    return count
 
 
 @device_function
-def smallest_chosen(keys, words, n, kept, smallest, largest, me):
+def sum_over_warps(counts, first, warps, lane):
+    """The sum of a count of every warp: those of a warp are 32 numbers, of which a lane adds one each."""
+    total, at, k = int32(0), int32(first + lane), int32(0)
+    while k + 4 <= warps:
+        one, two = counts[at], counts[int32(at + LANES)]
+        three, four = counts[int32(at + 2 * LANES)], counts[int32(at + 3 * LANES)]
+        total, at, k = int32(int32(total + one + two) + int32(three + four)), int32(at + 4 * LANES), int32(k + 4)
+    while k < warps:
+        total, at, k = int32(total + counts[at]), int32(at + LANES), int32(k + 1)
+    return total
+
+
+@device_function
+def smallest_chosen(logits, words, n, kept, smallest, largest, me):
     """A key from which on `kept` keys lie: all keys lie between `smallest` and `largest`, int32.
 
-    In each turn every warp counts the keys that reach three candidates of its own.
+    In each turn every lane has a candidate, the same in all warps. Every warp compares some of the logits with them.
 
     Returns it, how many keys reach it, and how many are larger. The former is `kept` unless several keys equal the
     smallest chosen one; then the result is that key. All threads must call it, after a block barrier.
     """
     lane, warp, warps = me
     low, high, reached, above, turn = int64(smallest), int64(largest) + int64(1), n, int32(0), int32(0)
-    part = np.float32(1) / np.float32(3 * warps + 1)
-    share = np.float32(3 * warp + 1) * part
+    share = np.float32(lane + 1) / np.float32(LANES + 1)
     while reached != kept and high - low > 1:
-        one = candidate_of(low, high, turn, share)
-        two, three = candidate_of(low, high, turn, share + part), candidate_of(low, high, turn, share + part + part)
-        count_one, count_two, count_three, b = int32(0), int32(0), int32(0), lane
-        while b < n:
-            # Keys beyond the last one count as the lowest, which no candidate equals.
-            key, key_b, key_c, key_d = keys[b], LOWEST_KEY, LOWEST_KEY, LOWEST_KEY
-            if b + LANES < n:
-                key_b = keys[int32(b + LANES)]
-            if b + 2 * LANES < n:
-                key_c = keys[int32(b + 2 * LANES)]
-            if b + 3 * LANES < n:
-                key_d = keys[int32(b + 3 * LANES)]
-            count_one = int32(count_one + reaching(one, key, key_b, key_c, key_d))
-            count_two = int32(count_two + reaching(two, key, key_b, key_c, key_d))
-            count_three = int32(count_three + reaching(three, key, key_b, key_c, key_d))
-            b = int32(b + 4 * LANES)
-        count_one, count_two = sum_of_warp(count_one), sum_of_warp(count_two)
-        count_three = sum_of_warp(count_three)
+        candidate = candidate_of(low, high, turn, share)
+        count = reaching(libdevice.int_as_float(key_of(candidate)), logits, warp, warps, n)
         # Other warps may still read what was written in the turn before.
-        area = int32(COUNTS + (turn & int32(1)) * (6 * LANES) + 6 * warp)
-        if lane == 0:
-            words[area], words[int32(area + 1)] = one, count_one
-            words[int32(area + 2)], words[int32(area + 3)] = two, count_two
-            words[int32(area + 4)], words[int32(area + 5)] = three, count_three
+        area = int32(COUNTS + (turn & int32(1)) * (LANES * warps))
+        words[int32(area + warp * LANES + lane)] = count
         cuda.syncthreads()
+        count = sum_over_warps(words, area, warps, lane)
         # The last candidate that enough keys reach, and the first one that too few reach.
-        first, last, enough, few, k = int32(low), MAGNITUDE, reached, above, lane
-        area = int32(COUNTS + (turn & int32(1)) * (6 * LANES))
-        while k < 3 * warps:
-            candidate, count = words[int32(area + 2 * k)], words[int32(area + 2 * k + 1)]
-            if count >= kept:
-                first, enough = int32(max(first, candidate)), int32(min(enough, count))
-            else:
-                last, few = int32(min(last, candidate)), int32(max(few, count))
-            k = int32(k + LANES)
-        low, reached, above = int64(max_of_warp(first)), min_of_warp(enough), max_of_warp(few)
-        high = min(high, int64(min_of_warp(last)))
+        begin, end, enough, few = int32(low), MAGNITUDE, reached, above
+        if count >= kept:
+            begin, enough = candidate, int32(min(enough, count))
+        else:
+            end, few = candidate, int32(max(few, count))
+        low, reached, above = int64(max_of_warp(begin)), min_of_warp(enough), max_of_warp(few)
+        high = min(high, int64(min_of_warp(end)))
         turn = int32(turn + 1)
     return int32(low), reached, above
 
@@ -296,7 +293,7 @@ def choose(gates, keys, ratios_at, words, maxima, n, kept, softmax, me):
     if lane < warps:
         largest, smallest = words[int32(LARGEST + lane)], words[int32(SMALLEST + lane)]
     largest, smallest = max_of_warp(largest), min_of_warp(smallest)
-    lowest, reached, above = smallest_chosen(keys, words, n, kept, smallest, largest, me)
+    lowest, reached, above = smallest_chosen(gates, words, n, kept, smallest, largest, me)
     room, pivot = int32(-1), libdevice.int_as_float(key_of(largest))
     if reached != kept:
         room = int32(kept - above)
