@@ -210,6 +210,9 @@ TAIL_BYTES = max(2 * SUM_BYTES, LIST_BYTES + SCALED_BYTES)
 # each of them; and numbers behind the ratios.
 CHOICE_WORDS, RATIO_PAD = 160, 64
 
+# Rows and columns of a tile of `kernels/row_tiles.py`, and inputs that are multiplied between two barriers.
+TILE_SIDE, TILE_INPUTS = 64, 16
+
 # Columns of the table of one matrix of gated blocks. Addresses are in bytes. "Strips" are `gated_matrix.RowStrips`.
 (
     BLOCK_VALUES,  # strips of the weights

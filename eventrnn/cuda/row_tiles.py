@@ -1,0 +1,162 @@
+"""Products of many rows with dense or gated weights, in tiles of registers (`kernels/row_tiles.py`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventrnn.cuda import tables
+from eventrnn.cuda.kernels.gated_row_choice import carry_gates_kernel, choose_rows_kernel
+from eventrnn.cuda.kernels.row_tiles import TILE_BYTES, TILE_THREADS, spread_rows_kernel, tile_product_kernel
+from eventrnn.cuda.tables import LANES, TILE_SIDE, TILE_INPUTS
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.device import Device
+    from eventrnn.weights import GatedBlocks
+
+# Rows from which on tiles are used. With fewer, most rows of a tile would be zeros.
+MIN_TILED_ROWS = 64
+
+# Rows whose inputs, parts of logits and gates are in memory at a time, about.
+ROWS_AT_A_TIME = 2048
+
+# Threads of `carry_gates`.
+CARRY_THREADS = 128
+
+
+class TiledWeights:
+    """Dense weights (n, columns) float32, or uint16 bits of bfloat16, for `tile_product`; packed and copied at once.
+
+    Attributes
+    ----------
+    n, columns : the shape of the weights
+    inputs     : n, rounded up to whole turns of the kernel
+    """
+
+    def __init__(self, device: Device, weights: np.ndarray, bias_at: int):
+        self.device, self.bias_at, self.narrow = device, bias_at, weights.dtype == np.uint16
+        (self.n, self.columns), self.inputs = weights.shape, _rounded(len(weights), TILE_INPUTS)
+        padded = np.zeros((self.inputs, _rounded(self.columns, TILE_SIDE)), weights.dtype)
+        padded[: self.n, : self.columns] = weights
+        with device.on_stream():
+            self.values = device.put(padded)
+
+    def multiply(self, inputs: Any, rows: int, out_at: int, part: int | None = None, gates: tuple[int, ...] = ()):
+        """Put the sums (parts, rows, columns) float32 on the stream.
+
+        inputs : (inputs, at least the rows) float32
+        part   : inputs of a part; None for one sum
+        gates  : the arguments of the kernel from `gates_at` to `period`; none where all gates are 1
+        """
+        part = self.inputs if part is None else part
+        tiles = -(-rows // TILE_SIDE) * -(-self.inputs // part)
+        kernel = self.device.kernel(
+            ("tile_product", self.narrow), lambda: tile_product_kernel(self.narrow), TILE_THREADS
+        )
+        matrices = self.values.data.ptr, self.values.shape[1], inputs.data.ptr, inputs.shape[1]
+        given = *(gates or (0,) * 8), self.inputs, part, self.bias_at, rows, self.columns, out_at
+        grid = self.values.shape[1] // TILE_SIDE, tiles
+        self.device.launch(kernel, grid, TILE_THREADS, *matrices, *given, shared=TILE_BYTES)
+
+
+class GatedTiles:
+    """The product of a matrix of gated blocks with many rows.
+
+    Memory for some rows at a time is kept, by their number.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        weights: GatedBlocks,
+        values: np.ndarray,
+        matrix: Any,
+        places: tuple[Any, int],
+        threads: int,
+        part: int,
+    ):
+        """values  : the weights (n_pre, columns) float32, or uint16 bits of bfloat16
+        matrix  : the table of the matrix on the GPU, and its host copy
+        places  : the table of shared memory of a choice on the GPU, and its bytes
+        threads : of a block that chooses
+        part    : inputs of a part of a logit
+        """
+        self.device, self.weights, self.part = device, weights, part
+        self.table, (self.places, self.shared), self.threads = matrix[0], places, threads
+        self.blocks = TiledWeights(device, values, int(matrix[1][tables.BIAS]))
+        self.logits = TiledWeights(device, weights.gate, int(matrix[1][tables.LOGIT_BIAS]))
+        self._scratch: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    @staticmethod
+    def fits(weights: GatedBlocks) -> bool:
+        """Whether a tile lies in one block column, and a turn of the kernel in one block row; gates of one factor."""
+        (r, c), (block_rows, block_columns) = weights.block, weights.grid
+        whole = (r % TILE_INPUTS == 0 or block_rows == 1) and (c % TILE_SIDE == 0 or block_columns == 1)
+        return whole and weights.gate_out is None
+
+    def _arrays(self, rows: int, batch: int) -> tuple[Any, ...]:
+        """Inputs, maxima, parts of logits, gates, and `left`, for some rows."""
+        if (rows, batch) not in self._scratch:
+            empty, blocks, logits = self.device.empty, self.weights.n_blocks, self.logits
+            parts = -(-logits.inputs // self.part)
+            self._scratch[rows, batch] = (
+                empty((logits.inputs, _rounded(rows, TILE_SIDE)), np.float32),
+                empty((rows, self.threads // LANES), np.int32),
+                empty((parts, rows, blocks), np.float32),
+                empty((batch + rows, blocks), np.float32),
+                empty((batch,), np.int32),
+            )
+        return self._scratch[rows, batch]
+
+    def products(self, lists: tuple[int, ...], rows: int, out: Any, status: Any, batch: int, held: tuple[int, ...]):
+        """See `GatedMatrix.products`.
+
+        lists : addresses of begins, counts, events and the lists of the rows
+        """
+        columns, most = self.blocks.columns, max(1, ROWS_AT_A_TIME // batch) * batch
+        arrays, before = self._arrays(min(rows, most), batch), held[:2]
+        for first in range(0, rows, most):
+            here = min(most, rows - first)
+            self._some(lists, first, here, out.data.ptr + 4 * first * columns, status, batch, arrays, before)
+            before = (0, 0)
+        if held[0]:
+            self._carry(arrays[3].data.ptr, arrays[4].data.ptr, 0, batch, *held[2:])
+
+    def _carry(self, gates_at: int, left_at: int, rows: int, batch: int, to_at: int, left_to_at: int) -> None:
+        kernel = self.device.kernel(("carry_gates",), carry_gates_kernel, CARRY_THREADS)
+        sizes = rows, batch, self.weights.gate_period, self.weights.n_blocks
+        self.device.launch(kernel, batch, CARRY_THREADS, gates_at, left_at, *sizes, to_at, left_to_at)
+
+    def _some(self, lists, first: int, rows: int, out_at: int, status, batch: int, arrays, before) -> None:
+        """The product of some rows.
+
+        before : the gates and the steps that the samples hold; 0 where these are where the last rows left them
+        """
+        device, weights, period = self.device, self.weights, self.weights.gate_period
+        inputs, maxima, parts, gates, left = arrays
+        gates_at, left_at = gates.data.ptr, left.data.ptr
+        if before[0]:
+            self._carry(*before, 0, batch, gates_at, left_at)
+        inputs.data.memset_async(0, inputs.nbytes)
+        kernel = device.kernel(("spread_rows",), spread_rows_kernel, self.threads)
+        device.launch(
+            kernel, rows, self.threads, *lists, first, inputs.data.ptr, inputs.shape[1], maxima.data.ptr
+        )
+        self.logits.multiply(inputs, rows, parts.data.ptr, self.part)
+        kernel = device.kernel(("choose_rows",), choose_rows_kernel, self.threads)
+        device.launch(
+            *(kernel, rows, self.threads, self.table.data.ptr, self.places.data.ptr, parts.data.ptr, len(parts)),
+            *(maxima.data.ptr, gates_at, left_at, rows, batch, status.data.ptr),
+            shared=self.shared,
+        )
+        # One block row, or one block column, may have any size.
+        (r, c), (_, block_columns) = weights.block, weights.grid
+        sizes = weights.n_blocks, block_columns, _rounded(r, TILE_INPUTS), _rounded(c, TILE_SIDE)
+        self.blocks.multiply(inputs, rows, out_at, gates=(gates_at, *sizes, left_at, batch, period))
+        if period > 1:
+            self._carry(gates_at, left_at, rows, batch, gates_at, left_at)
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
