@@ -203,13 +203,15 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     assert got.paths["layers.0.w_rec"] == f"{layout} {options.get('storage', 'float32')} in L2"
 
 
-@pytest.mark.parametrize("options", [{"gate_period": 2, "steps": 4}, {"storage": "bfloat16", "gate_rule": "softmax"}])
+@pytest.mark.parametrize(
+    "options", [{"gate_period": 2, "steps": 4}, {"storage": "bfloat16", "gate_rule": "softmax", "steps": 3}]
+)
 def test_emulated_tiles_of_many_rows_have_the_bits_of_the_specification(monkeypatch, emulated, options):
     from eventrnn.cuda import gated_matrix, row_tiles
 
     monkeypatch.setattr(gated_matrix, "MIN_TILED_ROWS", 4)
     monkeypatch.setattr(row_tiles, "ROWS_AT_A_TIME", 6)
-    sizes = {"units": (64,), "inputs": 44, "readout": None, "block": (16, 64), "density": 0.5, "gated": ("w_in",)}
+    sizes = {"units": (22,), "inputs": 28, "readout": None, "block": (16, 64), "density": 0.5, "gated": ("w_in",)}
     network, x = case(Cell("gru"), **(sizes | options))
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
     simulator = Simulator(network, batch=2, backend="cuda")
@@ -217,8 +219,19 @@ def test_emulated_tiles_of_many_rows_have_the_bits_of_the_specification(monkeypa
     assert "tile_product" not in emulated.launched
     assert same_bits(expected.output, np.concatenate([first, simulator.run(x[1:]).output]))
     assert_same_state(expected.state, simulator.state)
-    assert_same(expected, simulate(network, x, backend="cuda", record=RECORDABLE))
     assert "tile_product" in emulated.launched
+
+
+def test_emulated_tiles_of_dense_weights_have_the_bits_of_the_specification(monkeypatch, emulated):
+    from eventrnn.cuda import row_tiles, run
+
+    monkeypatch.setattr(run, "MIN_TILED_ROWS", 4)
+    monkeypatch.setattr(row_tiles, "ROWS_AT_A_TIME", 6)
+    network, x = case(Cell("gru"), units=(21,), readout=None, gated=("w_rec",), steps=5)
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    got = simulate(network, x, backend="cuda", record=RECORDABLE)
+    assert_same(expected, got)
+    assert emulated.launched.count("tile_product") == 2 and got.paths["layers.0.w_in"] == "tiles float32 in L2"
 
 
 def test_emulated_runs_and_steps_go_on_with_the_choice_that_steps_share(emulated):

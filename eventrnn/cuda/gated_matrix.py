@@ -288,7 +288,6 @@ class GatedMatrix:
             tables.AT_TILES: 8 * owned.tiles,
             tables.AT_STARTS: 8 * LANES * own_strips,
             tables.AT_LOGIT_STARTS: 4 * LANES * owned.logits,
-            tables.AT_PARTS: 4 * LANES * owned.logits * parts,
             tables.AT_HELD: 8 * samples,
         }
         table, at = np.zeros(tables.PLACE_FIELDS, np.int64), 0
@@ -303,9 +302,12 @@ class GatedMatrix:
         workers = max(1, min(room, self.warps, items))
         room = max(0, self.device.shared_bytes - at - beyond - workers * ring_bytes)
         logit_bytes = 0 if self.rank else 4 * owned.logits * owned.logit_width * pitches[tables.INPUT_PITCH_OF]
-        table[tables.AT_LOGITS], table[tables.LOGITS_RESIDENT] = at, 0 < logit_bytes <= room
-        if logit_bytes <= room:
-            at, room = at + logit_bytes, room - logit_bytes
+        # Threads compute parts of resident logits for one row of inputs only.
+        part_bytes = 4 * LANES * owned.logits * parts if logit_bytes and samples == 1 else 0
+        table[tables.AT_PARTS], table[tables.AT_LOGITS] = at, at + part_bytes
+        table[tables.LOGITS_RESIDENT] = 0 < logit_bytes and logit_bytes + part_bytes <= room
+        if table[tables.LOGITS_RESIDENT]:
+            at, room = at + part_bytes + logit_bytes, room - part_bytes - logit_bytes
         block_bytes = own_strips * owned.width * _rounded(r, ROW_GROUP) * (2 if self.narrow else 4)
         resident = min(self.weights.grid[0], room // block_bytes) if block_bytes else 0
         table[tables.AT_RESIDENT], table[tables.RESIDENT_ROWS] = at, resident

@@ -21,8 +21,17 @@ MIN_TILED_ROWS = 64
 # Rows whose inputs, parts of logits and gates are in memory at a time, about.
 ROWS_AT_A_TIME = 2048
 
-# Threads of `carry_gates`.
-CARRY_THREADS = 128
+# Threads of a block of `carry_gates`, and of `spread_rows` where no gate says how many.
+CARRY_THREADS, SPREAD_THREADS = 128, 256
+
+
+def spread_rows(
+    device: Device, lists: tuple[int, ...], first: int, rows: int, inputs: Any, maxima: Any, threads: int
+) -> None:
+    """Put the rows of event lists from `first` on into `inputs` (inputs, rows), and their magnitudes into `maxima`."""
+    inputs.data.memset_async(0, inputs.nbytes)
+    kernel = device.kernel(("spread_rows",), spread_rows_kernel, threads)
+    device.launch(kernel, rows, threads, *lists, first, inputs.data.ptr, inputs.shape[1], maxima.data.ptr)
 
 
 class TiledWeights:
@@ -58,6 +67,32 @@ class TiledWeights:
         given = *(gates or (0,) * 8), self.inputs, part, self.bias_at, rows, self.columns, out_at
         grid = self.values.shape[1] // TILE_SIDE, tiles
         self.device.launch(kernel, grid, TILE_THREADS, *matrices, *given, shared=TILE_BYTES)
+
+
+class DenseTiles:
+    """The product of a dense matrix with many rows. Memory for some rows at a time is kept, by their number."""
+
+    def __init__(self, device: Device, weights: np.ndarray, bias: np.ndarray):
+        self.device = device
+        with device.on_stream():
+            self.bias = device.put(bias)
+        self.weights = TiledWeights(device, weights, self.bias.data.ptr)
+        self._scratch: dict[int, tuple[Any, Any]] = {}
+
+    def products(self, lists: tuple[int, ...], rows: int, out: Any) -> None:
+        """See `Matrix.products`; lists: addresses of begins, counts, events and the lists of the rows."""
+        most = min(rows, ROWS_AT_A_TIME)
+        if most not in self._scratch:
+            shapes = (self.weights.inputs, _rounded(most, TILE_SIDE)), (most, SPREAD_THREADS // LANES)
+            self._scratch[most] = (
+                self.device.empty(shapes[0], np.float32),
+                self.device.empty(shapes[1], np.int32),
+            )
+        inputs, maxima = self._scratch[most]
+        for first in range(0, rows, most):
+            here = min(most, rows - first)
+            spread_rows(self.device, lists, first, here, inputs, maxima, SPREAD_THREADS)
+            self.weights.multiply(inputs, here, out.data.ptr + 4 * first * self.weights.columns)
 
 
 class GatedTiles:
@@ -138,11 +173,7 @@ class GatedTiles:
         gates_at, left_at = gates.data.ptr, left.data.ptr
         if before[0]:
             self._carry(*before, 0, batch, gates_at, left_at)
-        inputs.data.memset_async(0, inputs.nbytes)
-        kernel = device.kernel(("spread_rows",), spread_rows_kernel, self.threads)
-        device.launch(
-            kernel, rows, self.threads, *lists, first, inputs.data.ptr, inputs.shape[1], maxima.data.ptr
-        )
+        spread_rows(device, lists, first, rows, inputs, maxima, self.threads)
         self.logits.multiply(inputs, rows, parts.data.ptr, self.part)
         kernel = device.kernel(("choose_rows",), choose_rows_kernel, self.threads)
         device.launch(

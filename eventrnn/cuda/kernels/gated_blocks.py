@@ -328,7 +328,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 if lane >= strip.resident:
                     streamed = int32(rank - in_ring)
                     offsets[streamed] = strip.offsets[lane] + int64(piece * rows) * strip.width
-                    # The remainder by three. Pieces are fewer than 32 (`is_whole`), where the product is right.
+                    # The remainder by three: the shifted product is the quotient for numbers below 32, as `is_whole`
+                    # has them.
                     place = piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5)))
                 entries[int32(4 * rank)] = int32(place)
                 entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))

@@ -327,8 +327,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         for_inner = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
         for_logits = Received(own_samples, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
         for_blocks = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
-        # The part of an own logit that a thread computes first.
-        of_strip = int32(parts * logit_width)
+        # The part of an own logit that a thread computes first. A matrix without blocks has no logits.
+        of_strip = int32(max(1, parts * logit_width))
         first_strip = int32(thread // of_strip)
         first_part = int32(int32(thread - first_strip * of_strip) // logit_width)
         t = int64(0)
