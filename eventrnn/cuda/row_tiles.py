@@ -9,7 +9,7 @@ import numpy as np
 from eventrnn.cuda import tables
 from eventrnn.cuda.kernels.gated_row_choice import carry_gates_kernel, choose_rows_kernel
 from eventrnn.cuda.kernels.row_tiles import TILE_BYTES, TILE_THREADS, spread_rows_kernel, tile_product_kernel
-from eventrnn.cuda.tables import LANES, TILE_SIDE, TILE_INPUTS
+from eventrnn.cuda.tables import LANES, TILE_INPUTS, TILE_SIDE
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device

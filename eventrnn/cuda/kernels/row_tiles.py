@@ -2,9 +2,9 @@
 
 spread_rows  : writes event lists as dense inputs, and the largest magnitude of every row. A block owns a row.
 tile_product : out = start + sum over inputs of weight * (gate * input), in ascending inputs with one FMA per term
-               (`reference.propagate`, and `reference.propagate_chosen` with gates). A block owns TILE_SIDE rows and TILE_SIDE
-               columns, and a thread ROWS_OF_THREAD x 4 sums. Weights and scaled inputs of TILE_INPUTS inputs lie in
-               shared memory, while those of the next ones are fetched to registers. A block that an input did not
+               (`reference.propagate`, and `reference.propagate_chosen` with gates). A block owns TILE_SIDE rows and as
+               many columns, and a thread ROWS_OF_THREAD x 4 sums. Weights and scaled inputs of TILE_INPUTS inputs lie
+               in shared memory, while those of the next ones are fetched to registers. A block that an input did not
                choose has the gate 0, so that its terms are zeros.
 
 =========== ======== ===========================================================================================
@@ -38,7 +38,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_float32,
 )
 from eventrnn.cuda.kernels.strip_product import high_word, low_word
-from eventrnn.cuda.tables import TILE_SIDE, TILE_INPUTS
+from eventrnn.cuda.tables import TILE_INPUTS, TILE_SIDE
 
 # Rows of a thread of a tile; it has four columns.
 ROWS_OF_THREAD = 8
