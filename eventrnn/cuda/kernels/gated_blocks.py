@@ -20,7 +20,8 @@ gates       shared   (samples, blocks) float32, logits and then gates, 0 for blo
 ring        shared   per warp, (STAGES, stage bytes), rows of a strip; then TAIL_BYTES of what the next two rows name
 sums        shared   (samples, 32) float32, sums of several rows of inputs; then as many totals of logits (`end_factor`)
 lists       shared   with one row of inputs in place of the sums, LIST_BYTES that `list_pieces` describes; then
-                     (2, PIECE) float32, inputs of two pieces times their gates (`add_whole_rows`)
+                     (2, PIECE) float32, inputs of two pieces times their gates (`add_whole_rows`), and a barrier per
+                     place of the ring, whose phases are copies of a piece
 resident    shared   per strip, (block rows, padded rows of a block, width), the first block rows
 strips      global   `gated_matrix.RowStrips`: values float32 or uint16 bits of bfloat16; offsets (strips, block rows)
                      int64, where the rows of a block row begin, -1 where no block is stored
@@ -47,11 +48,15 @@ from eventrnn.cuda.kernels.gated_strips import (
 )
 from eventrnn.cuda.kernels.ptx import (
     OPEN_GROUPS,
-    OPEN_ROWS,
+    barrier_end,
+    barrier_expect_bytes,
+    barrier_init,
+    barrier_init_done,
+    barrier_try_wait,
     commit_copies,
     copy_async16,
     copy_async16_four,
-    copy_async16_if,
+    copy_bulk,
     load_shared4,
     load_shared_float4,
     shared_float32,
@@ -59,20 +64,19 @@ from eventrnn.cuda.kernels.ptx import (
     shared_int64,
     store_shared_float4,
     wait_for_oldest_copies,
-    wait_for_oldest_row,
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
-from eventrnn.cuda.tables import LANES, LIST_BYTES, PIECE, STAGES, SUM_BYTES
+from eventrnn.cuda.tables import BARRIER_BYTES, LANES, LIST_BYTES, PIECE, SCALED_BYTES, STAGES, SUM_BYTES
 
 assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
 
-# Rows that `add_whole_rows` multiplies per turn; pieces that its ring has, and copies per lane and piece, at most.
-TURN, PIECES_AHEAD, COPIES = 32, 3, 12
+# Rows that `add_whole_rows` multiplies per turn, and pieces that its ring has.
+TURN, PIECES_AHEAD = 32, 3
 
 # What a sum is added to without any change, also of its sign.
 NOTHING_YET = np.float32(-0.0)
 
-assert OPEN_ROWS == PIECES_AHEAD - 1, "the piece after the present one must be complete"
+assert BARRIER_BYTES >= 8 * PIECES_AHEAD, "every place of the ring has a barrier"
 assert PIECE == 1 << 7, "`pieces_of` shifts by 7"
 
 
@@ -93,6 +97,17 @@ def add8(acc, weights, inputs):
 def scaled8(gate, a, b, c, d, e, f, g, h):
     """Eight inputs, multiplied by their gate."""
     return gate * a, gate * b, gate * c, gate * d, gate * e, gate * f, gate * g, gate * h
+
+
+@device_function
+def wait_for_piece(barriers, slot, parity):
+    """Wait for the piece in a place of the ring. Returns the place and the parity of the next one."""
+    while barrier_try_wait(int32(barriers + int32(8) * slot), parity) == 0:
+        pass
+    slot = int32(slot + 1)
+    if slot == PIECES_AHEAD:
+        slot, parity = int32(0), int32(parity ^ 1)
+    return slot, parity
 
 
 def make_add_strip(narrow: bool, stage_bytes: int):
@@ -278,29 +293,16 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         piece_bytes = int32(rows * strip.width * size)
         whole = rows & int32(TURN - 1) == 0 and pieces * rows == strip.rows_of_block
         whole = whole and strip.n_rows == strip.block_rows * strip.rows_of_block
-        room = piece_bytes <= COPIES * 16 * LANES and PIECES_AHEAD * piece_bytes <= STAGES * stage_bytes
+        room = PIECES_AHEAD * piece_bytes <= STAGES * stage_bytes
         one_block = strip.first_column == strip.last_column and strip.block_rows * pieces < LANES
         return received.samples == 1 and one_block and whole and room
 
     @device_function
-    def copy_piece(strip, offset, wanted, target_at, lane):
-        """Start copying the piece at an offset to `target_at` unless `wanted` is 0. Its copies are a group."""
-        if wanted:
-            source, target = strip.values_at + offset * size + int64(16) * lane, target_at + int64(16) * lane
-            parts = int32(int32(int32(rows_of_piece(strip) * strip.width * size) >> int32(4)) - lane)
-            copy_async16_if(target + int64(0), source + int64(0), int32(parts > int32(0)))
-            copy_async16_if(target + int64(512), source + int64(512), int32(parts > int32(32)))
-            copy_async16_if(target + int64(1024), source + int64(1024), int32(parts > int32(64)))
-            copy_async16_if(target + int64(1536), source + int64(1536), int32(parts > int32(96)))
-            copy_async16_if(target + int64(2048), source + int64(2048), int32(parts > int32(128)))
-            copy_async16_if(target + int64(2560), source + int64(2560), int32(parts > int32(160)))
-            copy_async16_if(target + int64(3072), source + int64(3072), int32(parts > int32(192)))
-            copy_async16_if(target + int64(3584), source + int64(3584), int32(parts > int32(224)))
-            copy_async16_if(target + int64(4096), source + int64(4096), int32(parts > int32(256)))
-            copy_async16_if(target + int64(4608), source + int64(4608), int32(parts > int32(288)))
-            copy_async16_if(target + int64(5120), source + int64(5120), int32(parts > int32(320)))
-            copy_async16_if(target + int64(5632), source + int64(5632), int32(parts > int32(352)))
-        commit_copies()
+    def copy_piece(strip, offset, target_at, barrier):
+        """Start copying the piece at an offset to `target_at`, and a phase of the barrier. For one lane."""
+        piece_bytes = int32(rows_of_piece(strip) * strip.width * size)
+        barrier_expect_bytes(barrier, piece_bytes)
+        copy_bulk(int32(target_at), strip.values_at + offset * size, piece_bytes, barrier)
 
     @device_function
     def list_pieces(strip, received, ring_at, lists_at, lane):
@@ -386,13 +388,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         Returns the sum and the sets of the next turn.
         """
         next8 = int64(1 if narrow else 2) * step
-        d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), int64(16))
-        return end_turn(acc, step, next_w, next_x, d, s, a, p, b, q, c, r)
-
-    @device_function
-    def end_turn(acc, step, next_w, next_x, d, s, a, p, b, q, c, r):
-        """`add_turn` after the last eight rows are in the sets d and s."""
-        next8, sixteen = int64(1 if narrow else 2) * step, int64(16)
+        sixteen = int64(16)
+        d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
         acc = add8(acc, a, p)
         next_a, next_p = weights8(next_w, step), load8(next_x, sixteen)
         acc = add8(acc, b, q)
@@ -403,21 +400,47 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return acc, next_a, next_p, next_b, next_q, next_c, next_r
 
     @device_function
+    def refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane):
+        """Start copying the next piece to the place of the last one, if that was copied.
+
+        done, copied : pieces that were multiplied, and copies that were started; free : the place of the last one
+
+        Returns the new `copied` and `free`.
+        """
+        # All lanes have read the weights and the inputs of the last piece.
+        cuda.syncwarp(FULL_WARP)
+        if done > resident and copied < streamed:
+            if lane == 0:
+                piece_bytes = int64(rows_of_piece(strip) * size) * strip.width
+                copy_piece(strip, offsets[copied], ring_at + piece_bytes * free, int32(barriers + int32(8) * free))
+            copied, free = int32(copied + 1), int32(free + 1)
+            if free == PIECES_AHEAD:
+                free = int32(0)
+        return copied, free
+
+    @device_function
     def add_whole_rows(acc, strip, received, ring_at, lane):
         """`add_strip` for one row of inputs, a strip of one block column, and block rows of whole pieces.
 
         The lanes multiply the inputs of the next piece by its gate, each some of them, and add the terms of the
-        present one. Pieces that are not resident are copied PIECES_AHEAD ahead, to a ring of as many.
+        present one. Pieces that are not resident are copied ahead, to a ring of PIECES_AHEAD, each by one lane.
         """
         rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
         piece_bytes, scaled_at = int64(rows * size) * strip.width, lists_at + int64(LIST_BYTES)
         count, resident = list_pieces(strip, received, ring_at, lists_at, lane)
         offsets = shared_int64(lists_at + int64(16 * LANES))
-        streamed, copied = int32(count - resident), int32(0)
-        while copied < PIECES_AHEAD:
-            wanted = copied < streamed
-            offset = offsets[copied] if wanted else int64(0)
-            copy_piece(strip, offset, wanted, ring_at + piece_bytes * copied, lane)
+        streamed, copied, barriers = (
+            int32(count - resident),
+            int32(0),
+            int32(lists_at + int64(LIST_BYTES + SCALED_BYTES)),
+        )
+        if lane < PIECES_AHEAD:
+            barrier_init(int32(barriers + int32(8) * lane), int32(1))
+        barrier_init_done()
+        cuda.syncwarp(FULL_WARP)
+        while copied < min(streamed, int32(PIECES_AHEAD)):
+            if lane == 0:
+                copy_piece(strip, offsets[copied], ring_at + piece_bytes * copied, int32(barriers + int32(8) * copied))
             copied = int32(copied + 1)
         if count > 0:
             # Lanes without a column read what another lane reads.
@@ -432,11 +455,12 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             store_shared_float4(int32(to_at), gate * v0, gate * v1, gate * v2, gate * v3)
             entry_at = int32(min(int32(entry_at + int32(16)), last_at))
             next_place, next_raw, next_gate, _ = load_shared4(entry_at)
+            # The streamed piece that is waited for next: its place in the ring, and the parity of its phase.
+            done, half, slot, parity, free = int32(0), int32(0), int32(0), int32(0), int32(0)
             if resident == 0:
-                wait_for_oldest_row()
-            # The other lanes have copied parts of the piece, and multiplied others of its inputs.
+                slot, parity = wait_for_piece(barriers, slot, parity)
+            # The other lanes have multiplied parts of the inputs of the piece.
             cuda.syncwarp(FULL_WARP)
-            done, half, slot = int32(0), int32(0), int32(0)
             w_at, x_at = own_at + int64(place), scaled_at
             a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
             p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
@@ -445,8 +469,9 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
             r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
             whole = rows == PIECE
-            while whole and done + 1 < resident:
-                # Like the next loop, of pieces that need no copies, without a branch.
+            while whole and done < count:
+                # Like the next loop, of pieces of PIECE rows, of which the sums are one sequence.
+                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane)
                 done = int32(done + 1)
                 t0, t1, t2, t3 = load_shared_float4(raw_at + int64(next_raw))
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
@@ -476,6 +501,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 half, factor = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
                 store_shared_float4(int32(to_at + int64(half)), factor * t0, factor * t1, factor * t2, factor * t3)
                 w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
+                if done >= resident and done < count:
+                    slot, parity = wait_for_piece(barriers, slot, parity)
                 # All lanes have written the inputs of the next piece.
                 cuda.syncwarp(FULL_WARP)
                 (
@@ -489,6 +516,7 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 ) = add_turn(acc, step, w_3, x_3, w_at, x_at, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3)
                 next_place, next_raw, next_gate = further_place, further_raw, further_gate
             while done < count:
+                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane)
                 done = int32(done + 1)
                 u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
@@ -521,20 +549,10 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 half, scale = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
                 store_shared_float4(int32(to_at + int64(half)), scale * u0, scale * u1, scale * u2, scale * u3)
                 next_w, next_x = own_at + int64(next_place), scaled_at + int64(half)
-                # The last numbers of the piece are read before its place may be written again.
-                d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
+                if done >= resident and done < count:
+                    slot, parity = wait_for_piece(barriers, slot, parity)
+                # All lanes have written the inputs of the next piece.
                 cuda.syncwarp(FULL_WARP)
-                if done >= resident:
-                    if done > resident:
-                        wanted = copied < streamed
-                        offset = offsets[copied] if wanted else int64(0)
-                        copy_piece(strip, offset, wanted, ring_at + piece_bytes * slot, lane)
-                        copied, slot = int32(copied + 1), int32(slot + 1)
-                        if slot == PIECES_AHEAD:
-                            slot = int32(0)
-                    wait_for_oldest_row()
-                    # The other lanes have copied parts of the next piece.
-                    cuda.syncwarp(FULL_WARP)
                 (
                     acc,
                     (a0, a1, a2, a3, a4, a5, a6, a7),
@@ -543,13 +561,13 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                     (q0, q1, q2, q3, q4, q5, q6, q7),
                     (c0, c1, c2, c3, c4, c5, c6, c7),
                     (r0, r1, r2, r3, r4, r5, r6, r7),
-                ) = end_turn(
+                ) = add_turn(
                     acc,
                     step,
+                    w_at,
+                    x_at,
                     next_w,
                     next_x,
-                    d,
-                    s,
                     (a0, a1, a2, a3, a4, a5, a6, a7),
                     (p0, p1, p2, p3, p4, p5, p6, p7),
                     (b0, b1, b2, b3, b4, b5, b6, b7),
@@ -559,6 +577,10 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 )
                 w_at, x_at = next_w, next_x
                 next_place, next_raw, next_gate = later_place, later_raw, later_gate
+        # No phase is waited for any more.
+        cuda.syncwarp(FULL_WARP)
+        if lane < PIECES_AHEAD:
+            barrier_end(int32(barriers + int32(8) * lane))
         return acc
 
     @device_function
