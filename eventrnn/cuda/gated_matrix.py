@@ -11,12 +11,14 @@ import numpy as np
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.kernels.gated_kernels import gated_rows_kernel
+from eventrnn.cuda.kernels.gated_pieces import PIECES_AHEAD, TURN
 from eventrnn.cuda.packing import in_strips
 from eventrnn.cuda.row_tiles import MIN_TILED_ROWS, GatedTiles
 from eventrnn.cuda.tables import (
     CHOICE_WORDS,
     LANES,
     MAX_SAMPLES,
+    PIECE,
     RATIO_PAD,
     ROW_GROUP,
     ROWS_STAGE_BYTES,
@@ -107,12 +109,14 @@ class Owned:
     Attributes
     ----------
     tiles, gates, width : its tiles of units, strips per tile, and units per tile
+    span                : see `RowStrips`
     logits, logit_width : its strips of logits, and logits per strip
     """
 
     tiles: int
     gates: int
     width: int
+    span: int
     logits: int
     logit_width: int
 
@@ -265,7 +269,7 @@ class GatedMatrix:
         owned   : what a block owns of a layer; None for independent rows. Weights of its logits, and then the first
                   block rows of its strips, are resident, as many as have room
         """
-        owned = Owned(0, 0, 0, 0, 0) if owned is None else owned
+        owned = Owned(0, 0, 0, 0, 0, 0) if owned is None else owned
         own_strips = owned.tiles * owned.gates
         blocks, (r, _) = self.weights.n_blocks, self.weights.block
         pitches = {
@@ -313,7 +317,19 @@ class GatedMatrix:
         table[tables.AT_RESIDENT], table[tables.RESIDENT_ROWS] = at, resident
         at += resident * block_bytes
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
+        table[tables.PAIRED] = samples == 1 and 1 < own_strips <= workers and self._can_pair(owned, stage_bytes)
         return table, at + workers * ring_bytes + beyond
+
+    def _can_pair(self, owned: Owned, stage_bytes: int) -> bool:
+        """Whether a half of a warp can multiply a strip that a block owns (`kernels/gated_pieces.py`)."""
+        (r, c), (block_rows, block_columns), n_pre = self.weights.block, self.weights.grid, self.weights.shape[0]
+        rows, half = min(r, PIECE), LANES // 2
+        whole = rows % TURN == 0 and r % rows == 0 and n_pre % r == 0 and block_rows * (r // rows) < half
+        # Strips begin at multiples of their width, counted from the first unit of each span.
+        units = self.weights.shape[1] // self.gates
+        one_block = block_columns == 1 or (units % c == 0 and (owned.span == c or c % owned.width == 0))
+        room = PIECES_AHEAD * rows * owned.width * (2 if self.narrow else 4) <= STAGES * stage_bytes
+        return owned.width <= half and whole and one_block and room
 
     # --- products ---
 

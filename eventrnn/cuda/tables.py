@@ -283,8 +283,9 @@ TILE_SIDE, TILE_INPUTS = 64, 16
     RESIDENT_ROWS,  # block rows of a strip that stay in shared memory
     LOGITS_RESIDENT,  # 1 if the weights of the own logits stay in shared memory
     PARTS,  # parts of a logit
+    PAIRED,  # 1 if each half of a warp multiplies a strip
     PLACE_FIELDS,  # number of columns
-) = range(30)
+) = range(31)
 
 # Columns of the table of a layer with a recurrent matrix of gated blocks.
 (

@@ -33,6 +33,7 @@ from eventrnn.cuda.kernels.gated_kernels import (
     set_ones,
     strip_of_factor,
 )
+from eventrnn.cuda.kernels.gated_pieces import side_of
 from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
@@ -179,7 +180,12 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
         keys, ratios_at = shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS]
         words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
-        ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
+        rings_at, workers, paired = (
+            shared + place[tables.AT_RINGS],
+            int32(place[tables.WORKERS]),
+            int32(place[tables.PAIRED]),
+        )
+        ring_at = rings_at + int64(ring_bytes) * warp
         ones_at = shared + place[tables.AT_ONES]
         drives_in_at, offsets_at = shared + place[tables.AT_DRIVES_IN], shared + place[tables.AT_OFFSETS]
         drives_in, drives_rec = (
@@ -498,11 +504,17 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             stamp(stamps_at, t, 4, thread)
 
             # The recurrent drives of the own tiles.
-            tile, gate, item = int32(0), warp, warp
-            while warp < workers:
-                tile, gate = next_item(tile, gate, n_gates)
-                if tile >= own_tiles:
-                    break
+            # A warp multiplies a strip, or two of them, each half of its lanes one.
+            step_of_items = int32(int32(1 + paired) * workers)
+            first_item = int32(warp * int32(1 + paired))
+            while warp < workers and first_item < own_tiles * n_gates:
+                item, side_lanes, place_of_ring = first_item, int32(LANES), ring_at
+                if paired != 0:
+                    if first_item + 1 < own_tiles * n_gates:
+                        side_lanes, item = int32(LANES // 2), int32(first_item + (lane >> int32(4)))
+                    place_of_ring = rings_at + int64(ring_bytes) * item
+                tile, gate = next_item(int32(0), item, n_gates)
+                side = side_of(lane, side_lanes)
                 own, count = int32(item * LANES), units[int32(2 * tile + 1)]
                 strip_rows = StripRows(
                     block_values,
@@ -515,18 +527,18 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     grid_columns,
                     columns[own],
                     columns[int32(own + count - 1)],
-                    columns[int32(own + lane)],
-                    lane < count,
+                    columns[int32(own + side.lane)],
+                    side.lane < count,
                     resident,
                     resident_at + block_bytes * int32(item * resident),
                 )
-                acc = add_strip(starts[int32(own + lane)], strip_rows, for_blocks, ring_at, lane)
+                acc = add_strip(starts[int32(own + side.lane)], strip_rows, for_blocks, place_of_ring, side)
                 sample = int32(0)
                 while sample < own_samples:
-                    place_of = int32((sample * own_tiles * n_gates + item) * LANES + lane)
+                    place_of = int32((sample * own_tiles * n_gates + item) * LANES + side.lane)
                     drives_rec[place_of] = sum_of_sample(acc, sums, own_samples, sample, lane)
                     sample = int32(sample + 1)
-                gate, item = int32(gate + workers), int32(item + workers)
+                first_item = int32(first_item + step_of_items)
             wait_for_copies()
             cuda.syncthreads()
             stamp(stamps_at, t, 5, thread)

@@ -143,3 +143,41 @@ def sum_of_sample(acc, sums, samples, sample, lane):
     if samples > 1:
         acc = sums[int32(sample * LANES + lane)]
     return acc
+
+
+@device_function
+def add8(acc, weights, inputs):
+    """The sum after eight terms."""
+    acc = cuda.fma(weights[0], inputs[0], acc)
+    acc = cuda.fma(weights[1], inputs[1], acc)
+    acc = cuda.fma(weights[2], inputs[2], acc)
+    acc = cuda.fma(weights[3], inputs[3], acc)
+    acc = cuda.fma(weights[4], inputs[4], acc)
+    acc = cuda.fma(weights[5], inputs[5], acc)
+    acc = cuda.fma(weights[6], inputs[6], acc)
+    return cuda.fma(weights[7], inputs[7], acc)
+
+
+def make_weights8(narrow: bool):
+    """The device function weights8(at, step) -> eight weights of a column, float32 or bfloat16, in shared memory.
+
+    at, step : address of the first ones, and from one group of rows to the next (`gated_matrix.RowStrips`)
+    """
+    if not narrow:
+        return load8
+
+    @device_function
+    def weights8(at, step):
+        a, b, c, d = load_shared_float4(at)
+        return (
+            lower_half(a),
+            upper_half(a),
+            lower_half(b),
+            upper_half(b),
+            lower_half(c),
+            upper_half(c),
+            lower_half(d),
+            upper_half(d),
+        )
+
+    return weights8
