@@ -193,38 +193,50 @@ def place_chosen(gates, keys, ratios, words, n, lowest, reached, room, softmax, 
     lanes_below = int32((int32(1) << lane) - 1)
     ties, chosen, first, area = int32(0), int32(0), int32(0), int32(0)
     while first < n:
-        b = int32(first + warp * LANES + lane)
-        key, value = LOWEST_KEY, np.float32(0)
+        # Two neighbours per thread.
+        b = int32(first + 2 * (warp * LANES + lane))
+        c = int32(b + 1)
+        key, value, next_key, next_value = LOWEST_KEY, np.float32(0), LOWEST_KEY, np.float32(0)
         if b < n:
             key, value = keys[b], gates[b]
-        taken = b < n and key >= lowest
+        if c < n:
+            next_key, next_value = keys[c], gates[c]
+        taken, next_taken = b < n and key >= lowest, c < n and next_key >= lowest
         if room >= 0:
-            tied = b < n and key == lowest
-            votes = cuda.ballot_sync(FULL_WARP, tied)
+            tied, next_tied = b < n and key == lowest, c < n and next_key == lowest
+            votes, next_votes = cuda.ballot_sync(FULL_WARP, tied), cuda.ballot_sync(FULL_WARP, next_tied)
             if lane == 0:
-                words[warp] = popcount(votes)
+                words[warp] = int32(popcount(votes) + popcount(next_votes))
             cuda.syncthreads()
             before, every = before_and_all(words, int32(0), me)
-            if tied and int32(ties + before + popcount(votes & lanes_below)) >= room:
+            rank = int32(ties + before + popcount(votes & lanes_below) + popcount(next_votes & lanes_below))
+            if tied and rank >= room:
                 taken = False
+            if next_tied and rank + int32(tied) >= room:
+                next_taken = False
             ties = int32(ties + every)
             area = int32(0)
         # Other warps may still read the counts of the turn before.
         area = int32(SECOND_COUNTS - area)
-        votes = cuda.ballot_sync(FULL_WARP, taken)
+        votes, next_votes = cuda.ballot_sync(FULL_WARP, taken), cuda.ballot_sync(FULL_WARP, next_taken)
         if lane == 0:
-            words[int32(area + warp)] = popcount(votes)
+            words[int32(area + warp)] = int32(popcount(votes) + popcount(next_votes))
         if softmax != 0:
-            value = exp_float32(value - pivot)
+            value, next_value = exp_float32(value - pivot), exp_float32(next_value - pivot)
         cuda.syncthreads()
         before, every = before_and_all(words, area, me)
+        place = int32(chosen + before + popcount(votes & lanes_below) + popcount(next_votes & lanes_below))
+        next_place = int32(place + int32(taken))
         if b < n:
             keys[b] = int32(-1)
             if taken:
-                place = int32(chosen + before + popcount(votes & lanes_below))
                 keys[b], ratios[place] = place, value
+        if c < n:
+            keys[c] = int32(-1)
+            if next_taken:
+                keys[c], ratios[next_place] = next_place, next_value
         chosen = int32(chosen + every)
-        first = int32(first + warps * LANES)
+        first = int32(first + 2 * warps * LANES)
 
 
 @device_function
