@@ -266,7 +266,7 @@ def test_the_choice_of_an_emulated_block_of_threads_is_that_of_the_specification
         me = thread & 31, thread >> 5, np.int32(cuda.blockDim.x >> 5)
         # Gates, keys, words, maxima and ratios, of up to 256 blocks each.
         gates, keys = shared_float32(base), shared_int32(base + 1024)
-        words, maxima = shared_int32(base + 2048), shared_int32(base + 4352)
+        words, maxima = base + 2048, shared_int32(base + 4352)
         for k in range(thread, n, cuda.blockDim.x):
             gates[k] = global_float32(logits_at)[k]
         maxima[thread & 31] = np.int32(0)

@@ -207,9 +207,12 @@ LIST_BYTES, SCALED_BYTES, BARRIER_BYTES = (16 + 8) * LANES, 2 * 4 * PIECE, 32
 # and barriers.
 TAIL_BYTES = max(2 * SUM_BYTES, LIST_BYTES + SCALED_BYTES + BARRIER_BYTES)
 
+# Classes of logits by which a block of threads chooses, and logits of one class that it ranks at most.
+CLASSES, RANKED = 256, 32
+
 # Words of shared memory in which the warps of a block exchange counts while they choose, without two rows of a warp for
 # each of them; and numbers behind the ratios.
-CHOICE_WORDS, RATIO_PAD = 160, 64
+CHOICE_WORDS, RATIO_PAD = 160 + CLASSES + RANKED, 64
 
 # Rows and columns of a tile of `kernels/row_tiles.py`, and inputs that are multiplied between two barriers.
 TILE_SIDE, TILE_INPUTS = 64, 16

@@ -214,6 +214,8 @@ SHORT_ADDRESSES = {
     "load_relaxed_int64": lambda at: np.int64(fake_gpu.longs(at, 1)[0]),
     "store_relaxed_int64": lambda at, word: ctypes.memmove(int(at), struct.pack("<q", int(word)), 8),
     "count_arrival": _count_arrival,
+    "add_shared": lambda at, number: _count_arrival(_whole(at), number),
+    "take_shared": lambda at, number: _count_arrival(_whole(at), number),
     "fence_system": lambda: None,
     "fence_gpu": lambda: None,
     "load_relaxed": _load_relaxed,

@@ -24,17 +24,31 @@ from numba import int32, int64
 
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.gated_strips import load8
-from eventrnn.cuda.kernels.ptx import exp_float32, max_of_warp, min_of_warp, shared_float32, sum_of_warp
+from eventrnn.cuda.kernels.ptx import (
+    add_shared,
+    exp_float32,
+    load_shared4,
+    max_of_warp,
+    min_of_warp,
+    shared_float32,
+    shared_int32,
+    sum_of_warp,
+    take_shared,
+)
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
-from eventrnn.cuda.tables import LANES, RATIO_PAD
+from eventrnn.cuda.tables import CHOICE_WORDS, CLASSES, LANES, RANKED, RATIO_PAD
 
 # A key is the bits of a float32 as an integer that is in the same order: those of a negative number are flipped, apart
 # from the sign. The same operation turns a key into bits.
 LOWEST_KEY, MAGNITUDE = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
 
 # Places of `words`: counts of two votes per warp, the largest and the smallest key of each warp, whether the gates are
-# not finite, the bits of what ratios are multiplied by, and twice the counts of the candidates by each warp.
-SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, COUNTS = 32, 64, 96, 128, 129, 160
+# not finite, the bits of what ratios are multiplied by, how many logits of the class of the smallest chosen one are
+# listed; counts of classes of logits, the keys of the listed ones, and twice the counts of the candidates by each warp.
+SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, LISTED = 32, 64, 96, 128, 129, 130
+CLASS_COUNTS, LIST, COUNTS = 160, 160 + CLASSES, 160 + CLASSES + RANKED
+
+assert CLASSES == 8 * LANES and RANKED == LANES and COUNTS == CHOICE_WORDS, "a lane has eight classes and one key"
 
 # Turns of the search that divide the interval of the logits, before those that divide the interval of the keys. The
 # former need fewer turns for logits that are spread evenly, the latter a limited number for all.
@@ -182,6 +196,104 @@ def smallest_chosen(logits, words, n, kept, smallest, largest, me):
 
 
 @device_function
+def class_of(logit, bottom, scale):
+    """The class of a finite logit; that of a larger one is the same or a larger one."""
+    return int32(min(int32((logit - bottom) * scale), int32(CLASSES - 1)))
+
+
+@device_function
+def next_class(above, place, size, next_size, kept):
+    """The next smaller class, unless the `kept`-th largest logit lies in this one."""
+    if above + size < kept:
+        above, place, size = int32(above + size), int32(place - 1), next_size
+    return above, place, size
+
+
+@device_function
+def class_of_smallest_chosen(words_at, kept, lane):
+    """The class in which the `kept`-th largest logit lies, how many logits it has, and how many lie in larger ones.
+
+    A lane counts eight neighbouring classes; the first lane has the largest ones.
+    """
+    counts_at = int32(words_at + int64(4 * CLASS_COUNTS)) + int32(32 * (LANES - 1 - lane))
+    h, g, f, e = load_shared4(int32(counts_at))
+    d, c, b, a = load_shared4(int32(counts_at + int32(16)))
+    own = int32(int32(int32(a + b) + int32(c + d)) + int32(int32(e + f) + int32(g + h)))
+    total, distance = own, int32(1)
+    while distance < LANES:
+        earlier = cuda.shfl_sync(FULL_WARP, total, int32(max(lane - distance, 0)))
+        if lane >= distance:
+            total = int32(total + earlier)
+        distance = int32(2 * distance)
+    above, place, size = int32(total - own), int32(CLASSES - 1 - 8 * lane), a
+    above, place, size = next_class(above, place, size, b, kept)
+    above, place, size = next_class(above, place, size, c, kept)
+    above, place, size = next_class(above, place, size, d, kept)
+    above, place, size = next_class(above, place, size, e, kept)
+    above, place, size = next_class(above, place, size, f, kept)
+    above, place, size = next_class(above, place, size, g, kept)
+    above, place, size = next_class(above, place, size, h, kept)
+    here = int32(cuda.ffs(cuda.ballot_sync(FULL_WARP, total >= kept)) - 1)
+    return (
+        cuda.shfl_sync(FULL_WARP, place, here),
+        cuda.shfl_sync(FULL_WARP, size, here),
+        cuda.shfl_sync(FULL_WARP, above, here),
+    )
+
+
+@device_function
+def smallest_of_class(words, size, wanted, lane):
+    """The `wanted`-th largest of `size` listed keys, how many of them reach it, and how many are larger."""
+    key, larger, k = LOWEST_KEY, int32(0), int32(0)
+    if lane < size:
+        key = words[int32(LIST + lane)]
+    while k < size:
+        larger, k = int32(larger + int32(words[int32(LIST + k)] > key)), int32(k + 1)
+    # The keys that fewer than `wanted` ones exceed; the smallest of them is the result.
+    result = MAGNITUDE
+    if lane < size and larger < wanted:
+        result = key
+    result = min_of_warp(result)
+    votes = cuda.ballot_sync(FULL_WARP, lane < size and key >= result)
+    votes_above = cuda.ballot_sync(FULL_WARP, lane < size and key > result)
+    return result, popcount(votes), popcount(votes_above)
+
+
+@device_function
+def divided_choice(logits, keys, words_at, n, kept, smallest, largest, me):
+    """`smallest_chosen` by the classes of the logits, whose counts are zeros before. If too many logits lie in one
+    class, or the logits are not finite, it is a search."""
+    lane, warp, warps = me
+    thread, threads, words = int32(warp * LANES + lane), int32(warps * LANES), shared_int32(words_at)
+    bottom = libdevice.int_as_float(key_of(smallest))
+    width = libdevice.int_as_float(key_of(largest)) - bottom
+    scale = np.float32(0)
+    if width > 0 and width - width == 0:
+        scale = np.float32(CLASSES - 1) / width
+    size, place, above = int32(RANKED + 1), int32(0), int32(0)
+    # The width may be infinite, zero, or so small that the scale is not finite.
+    if scale > 0 and scale - scale == 0:
+        b = thread
+        while b < n:
+            add_shared(int32(words_at + int64(4) * (CLASS_COUNTS + class_of(logits[b], bottom, scale))), int32(1))
+            b = int32(b + threads)
+        cuda.syncthreads()
+        place, size, above = class_of_smallest_chosen(words_at, kept, lane)
+    if size <= RANKED:
+        b = thread
+        while b < n:
+            if class_of(logits[b], bottom, scale) == place:
+                words[int32(LIST + take_shared(int32(words_at + int64(4 * LISTED)), int32(1)))] = keys[b]
+            b = int32(b + threads)
+        cuda.syncthreads()
+        lowest, reached, larger = smallest_of_class(words, size, int32(kept - above), lane)
+        reached, above = int32(above + reached), int32(above + larger)
+    else:
+        lowest, reached, above = smallest_chosen(logits, words, n, kept, smallest, largest, me)
+    return lowest, reached, above
+
+
+@device_function
 def place_chosen(gates, keys, ratios, words, n, lowest, reached, room, softmax, pivot, me):
     """Write numbers of the chosen blocks to `ratios`, in ascending order, and their places to `keys`, else -1.
 
@@ -279,14 +391,20 @@ def is_too_large(largest, maxima, me):
 
 
 @device_function
-def choose(gates, keys, ratios_at, words, maxima, n, kept, softmax, me):
+def choose(gates, keys, ratios_at, words_at, maxima, n, kept, softmax, me):
     """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
 
     The caller synchronises the block before other threads than the own one read `gates`.
     """
     lane, warp, warps = me
     thread, threads = int32(warp * LANES + lane), int32(warps * LANES)
-    ratios, bad, b, largest, smallest = shared_float32(ratios_at), int32(0), thread, LOWEST_KEY, MAGNITUDE
+    ratios, words = shared_float32(ratios_at), shared_int32(words_at)
+    bad, b, largest, smallest = int32(0), thread, LOWEST_KEY, MAGNITUDE
+    while b < CLASSES:
+        words[int32(CLASS_COUNTS + b)], b = int32(0), int32(b + threads)
+    if thread == 0:
+        words[LISTED] = int32(0)
+    b = thread
     while b < n:
         logit = gates[b] + np.float32(0)
         if logit - logit != 0:
@@ -305,7 +423,7 @@ def choose(gates, keys, ratios_at, words, maxima, n, kept, softmax, me):
     if lane < warps:
         largest, smallest = words[int32(LARGEST + lane)], words[int32(SMALLEST + lane)]
     largest, smallest = max_of_warp(largest), min_of_warp(smallest)
-    lowest, reached, above = smallest_chosen(gates, words, n, kept, smallest, largest, me)
+    lowest, reached, above = divided_choice(gates, keys, words_at, n, kept, smallest, largest, me)
     room, pivot = int32(-1), libdevice.int_as_float(key_of(largest))
     if reached != kept:
         room = int32(kept - above)

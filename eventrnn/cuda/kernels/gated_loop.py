@@ -179,7 +179,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         inputs_at, active_at = shared + place[tables.AT_INPUTS], shared + place[tables.AT_ACTIVE]
         inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
         keys, ratios_at = shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS]
-        words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
+        words_at, maxima_at = shared + place[tables.AT_WORDS], shared + place[tables.AT_MAXIMA]
+        words = shared_int32(words_at)
         rings_at, workers, paired = (
             shared + place[tables.AT_RINGS],
             int32(place[tables.WORKERS]),
@@ -490,7 +491,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 own, sample_maxima = int32(2 * sample), shared_int32(maxima_at + int64(4 * LANES) * sample)
                 if held[own] == 0:
                     bad = choose(
-                        *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios_at, words),
+                        *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios_at, words_at),
                         *(sample_maxima, blocks, kept, softmax, me),
                     )
                     if thread == 0:

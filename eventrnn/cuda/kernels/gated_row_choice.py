@@ -61,7 +61,8 @@ def choose_rows_kernel():
             shared_float32(shared + place[tables.AT_GATES]),
             shared_int32(shared + place[tables.AT_MAXIMA]),
         )
-        words = shared_int32(shared + place[tables.AT_WORDS])
+        words_at = shared + place[tables.AT_WORDS]
+        words = shared_int32(words_at)
         slot = global_float32(gates_at + 4 * blocks * slot_of(row, batch, period, left))
         all_maxima, own, last, largest = global_int32(maxima_at), row, row, int32(0)
         if step >= left:
@@ -76,7 +77,7 @@ def choose_rows_kernel():
                 maxima[thread] = all_maxima[row * warps + thread]
             cuda.syncthreads()
             bad = choose(
-                *(gates, shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS], words),
+                *(gates, shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS], words_at),
                 *(maxima, blocks, int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX]), me),
             )
             if bad and thread == 0:

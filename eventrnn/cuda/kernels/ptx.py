@@ -531,6 +531,10 @@ store_relaxed_int64 = instruction(
     "st.relaxed.sys.global.b64 [$0], $1;", f"l,l,{MEMORY}", NOTHING, types.int64, types.int64
 )
 
+#: shared address of an int32 and a number: adds it; and the same, which returns what was there before
+add_shared = instruction("red.shared.add.s32 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+take_shared = instruction("atom.shared.add.s32 $0, [$1], $2;", f"=r,r,r,{MEMORY}", INT, INT, INT)
+
 #: address of an int32 and a number: adds it, and returns what was there before
 count_arrival = instruction("atom.relaxed.gpu.global.add.s32 $0, [$1], $2;", f"=r,l,r,{MEMORY}", INT, types.int64, INT)
 
