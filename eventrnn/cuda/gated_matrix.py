@@ -317,19 +317,21 @@ class GatedMatrix:
         table[tables.AT_RESIDENT], table[tables.RESIDENT_ROWS] = at, resident
         at += resident * block_bytes
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
-        table[tables.PAIRED] = samples == 1 and 1 < own_strips <= workers and self._can_pair(owned, stage_bytes)
+        table[tables.IN_PIECES] = self.has_pieces(owned, stage_bytes)
         return table, at + workers * ring_bytes + beyond
 
-    def _can_pair(self, owned: Owned, stage_bytes: int) -> bool:
-        """Whether a half of a warp can multiply a strip that a block owns (`kernels/gated_pieces.py`)."""
+    def has_pieces(self, owned: Owned, stage_bytes: int) -> bool:
+        """Whether strips of one block column have whole pieces of blocks, of which a ring has room for some."""
         (r, c), (block_rows, block_columns), n_pre = self.weights.block, self.weights.grid, self.weights.shape[0]
-        rows, half = min(r, PIECE), LANES // 2
-        whole = rows % TURN == 0 and r % rows == 0 and n_pre % r == 0 and block_rows * (r // rows) < half
+        rows, units = min(r, PIECE), self.weights.shape[1] // self.gates
+        # Each lane lists the pieces of a block row.
+        whole = rows % TURN == 0 and r % rows == 0 and n_pre % r == 0 and block_rows * (r // rows) < LANES
         # Strips begin at multiples of their width, counted from the first unit of each span.
-        units = self.weights.shape[1] // self.gates
-        one_block = block_columns == 1 or (units % c == 0 and (owned.span == c or c % owned.width == 0))
+        one_block = block_columns == 1 or (
+            units % c == 0 and (owned.span == c or (owned.width and c % owned.width == 0))
+        )
         room = PIECES_AHEAD * rows * owned.width * (2 if self.narrow else 4) <= STAGES * stage_bytes
-        return owned.width <= half and whole and one_block and room
+        return whole and one_block and room
 
     # --- products ---
 

@@ -286,7 +286,7 @@ TILE_SIDE, TILE_INPUTS = 64, 16
     RESIDENT_ROWS,  # block rows of a strip that stay in shared memory
     LOGITS_RESIDENT,  # 1 if the weights of the own logits stay in shared memory
     PARTS,  # parts of a logit
-    PAIRED,  # 1 if each half of a warp multiplies a strip
+    IN_PIECES,  # 1 if strips go through `kernels/gated_pieces.py` where a block has one sample
     PLACE_FIELDS,  # number of columns
 ) = range(31)
 

@@ -19,7 +19,6 @@ from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.gated_blocks import make_add_strip
 from eventrnn.cuda.kernels.gated_choice import FACTOR, MAGNITUDE, choose, is_too_large
-from eventrnn.cuda.kernels.gated_pieces import side_of
 from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane
 from eventrnn.cuda.kernels.ptx import (
@@ -377,7 +376,7 @@ def gated_rows_kernel(narrow: bool):
                     none,
                     int64(0),
                 )
-                acc = add_strip(start, strip_rows, for_blocks, ring_at, side_of(lane, int32(LANES)))
+                acc = add_strip(start, strip_rows, for_blocks, ring_at, lane, int32(0))
                 if mine:
                     sample = int32(0)
                     while sample < own:

@@ -33,7 +33,6 @@ from eventrnn.cuda.kernels.gated_kernels import (
     set_ones,
     strip_of_factor,
 )
-from eventrnn.cuda.kernels.gated_pieces import side_of
 from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
@@ -181,12 +180,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         keys, ratios_at = shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS]
         words_at, maxima_at = shared + place[tables.AT_WORDS], shared + place[tables.AT_MAXIMA]
         words = shared_int32(words_at)
-        rings_at, workers, paired = (
-            shared + place[tables.AT_RINGS],
-            int32(place[tables.WORKERS]),
-            int32(place[tables.PAIRED]),
-        )
-        ring_at = rings_at + int64(ring_bytes) * warp
+        ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
+        in_pieces = int32(place[tables.IN_PIECES])
         ones_at = shared + place[tables.AT_ONES]
         drives_in_at, offsets_at = shared + place[tables.AT_DRIVES_IN], shared + place[tables.AT_OFFSETS]
         drives_in, drives_rec = (
@@ -505,17 +500,11 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             stamp(stamps_at, t, 4, thread)
 
             # The recurrent drives of the own tiles.
-            # A warp multiplies a strip, or two of them, each half of its lanes one.
-            step_of_items = int32(int32(1 + paired) * workers)
-            first_item = int32(warp * int32(1 + paired))
-            while warp < workers and first_item < own_tiles * n_gates:
-                item, side_lanes, place_of_ring = first_item, int32(LANES), ring_at
-                if paired != 0:
-                    if first_item + 1 < own_tiles * n_gates:
-                        side_lanes, item = int32(LANES // 2), int32(first_item + (lane >> int32(4)))
-                    place_of_ring = rings_at + int64(ring_bytes) * item
-                tile, gate = next_item(int32(0), item, n_gates)
-                side = side_of(lane, side_lanes)
+            tile, gate, item = int32(0), warp, warp
+            while warp < workers:
+                tile, gate = next_item(tile, gate, n_gates)
+                if tile >= own_tiles:
+                    break
                 own, count = int32(item * LANES), units[int32(2 * tile + 1)]
                 strip_rows = StripRows(
                     block_values,
@@ -528,18 +517,18 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     grid_columns,
                     columns[own],
                     columns[int32(own + count - 1)],
-                    columns[int32(own + side.lane)],
-                    side.lane < count,
+                    columns[int32(own + lane)],
+                    lane < count,
                     resident,
                     resident_at + block_bytes * int32(item * resident),
                 )
-                acc = add_strip(starts[int32(own + side.lane)], strip_rows, for_blocks, place_of_ring, side)
+                acc = add_strip(starts[int32(own + lane)], strip_rows, for_blocks, ring_at, lane, in_pieces)
                 sample = int32(0)
                 while sample < own_samples:
-                    place_of = int32((sample * own_tiles * n_gates + item) * LANES + side.lane)
+                    place_of = int32((sample * own_tiles * n_gates + item) * LANES + lane)
                     drives_rec[place_of] = sum_of_sample(acc, sums, own_samples, sample, lane)
                     sample = int32(sample + 1)
-                first_item = int32(first_item + step_of_items)
+                gate, item = int32(gate + workers), int32(item + workers)
             wait_for_copies()
             cuda.syncthreads()
             stamp(stamps_at, t, 5, thread)

@@ -1,11 +1,11 @@
 """Products with gated blocks of one row of inputs, in pieces of block rows: device functions for one warp.
 
-add_pieces : one strip, or two strips of at most half as many columns as a warp has lanes (`Side`). A strip has one
-             block column, and block rows of whole pieces. Its pieces that some input and the gate need are multiplied
-             in ascending order. Those of the first block rows may be resident in shared memory; the others are copied
-             to the ring of the strip, PIECES_AHEAD at a time, each by one lane.
+add_pieces : one strip of one block column, with block rows of whole pieces (`gated_matrix.GatedMatrix.has_pieces`). Its
+             pieces that some input and the gate need are multiplied in ascending order. Those of the first block rows
+             may be resident in shared memory; the others are copied to the ring of the warp, PIECES_AHEAD at a time,
+             each by one lane.
 
-Rings, resident weights and inputs are those of `gated_blocks.py`. Behind the stages of its ring a strip has
+Rings, resident weights and inputs are those of `gated_blocks.py`. Behind the stages of its ring a warp has
 
 lists    : (LANES, 4) int32 and (LANES,) int64, which `list_pieces` describes
 scaled   : (2, PIECE) float32, inputs of the present and of the next piece times their gates
@@ -13,8 +13,6 @@ barriers : (PIECES_AHEAD,) barriers, one per place of the ring, whose phases are
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 from numba import int32, int64
 
@@ -43,26 +41,6 @@ assert BARRIER_BYTES >= 8 * PIECES_AHEAD, "every place of the ring has a barrier
 assert PIECE == 1 << 7 == 4 * LANES, "`pieces_of` shifts by 7, and a warp multiplies a piece of inputs at once"
 
 
-class Side(NamedTuple):
-    """The lanes of a warp that have a strip; all int32."""
-
-    #: the lane among them
-    lane: Any
-    #: how many they are, LANES or half of it, a mask of as many bits, and the first of them
-    lanes: Any
-    mask: Any
-    first: Any
-
-
-@device_function
-def side_of(lane, lanes):
-    """The side of a lane of a warp, of which `lanes` have a strip."""
-    first, mask = int32(lane & int32(-lanes)), int32(-1)
-    if lanes < LANES:
-        mask = int32((1 << (LANES // 2)) - 1)
-    return Side(int32(lane - first), lanes, mask, first)
-
-
 @device_function
 def rows_of_piece(strip):
     """Rows of a block row that are multiplied at a time."""
@@ -87,41 +65,25 @@ def wait_for_piece(barriers, slot, parity):
 
 
 def make_add_pieces(narrow: bool, stage_bytes: int):
-    """The device functions is_whole and add_pieces for float32 weights, or for bfloat16 ones.
+    """The device function add_pieces for float32 weights, or for bfloat16 ones.
 
-    stage_bytes : a STAGES-th of the ring of a strip
+    stage_bytes : a STAGES-th of the ring of a warp
 
-    is_whole(strip, received, lanes) -> whether add_pieces can multiply the strip, on a side of so many lanes.
-
-    add_pieces(start, strip, received, ring_at, side) -> start + sum over j of weight * (gate * input).
+    add_pieces(start, strip, received, ring_at, lane) -> start + sum over j of weight * (gate * input).
     """
     size, weights8 = 2 if narrow else 4, make_weights8(narrow)
 
     @device_function
-    def is_whole(strip, received, lanes):
-        rows, pieces = rows_of_piece(strip), pieces_of(strip)
-        whole = rows & int32(TURN - 1) == 0 and pieces * rows == strip.rows_of_block
-        whole = whole and strip.n_rows == strip.block_rows * strip.rows_of_block and strip.width <= lanes
-        room = PIECES_AHEAD * int32(rows * strip.width * size) <= STAGES * stage_bytes
-        # Numbers of pieces are fewer than 32, and each lane lists those of a block row.
-        one_block = strip.first_column == strip.last_column and strip.block_rows * pieces < lanes
-        return received.samples == 1 and one_block and whole and room
-
-    @device_function
-    def list_pieces(strip, received, ring_at, lists_at, side):
-        """List the pieces of the block rows of a strip that the warp needs. Returns how many they are, how many of them
-        are resident, and how many there are on the side with more of them.
+    def list_pieces(strip, received, ring_at, lists_at, lane):
+        """List the pieces of the block rows of a strip that the warp needs. Returns how many they are, and how many of
+        them are resident.
 
         lists_at : address of (LANES, 4) int32: of each piece the place of its weights after `ring_at`, the place of its
                    inputs, and the bits of its gate; then of (LANES,) int64, offsets of those that are not resident
         """
         rows, pieces = rows_of_piece(strip), pieces_of(strip)
-        piece_bytes, lane = int64(rows * size) * strip.width, side.lane
-        needed = needed_rows(strip, received, int32(0), strip.block_rows, lane)
-        # Of two sides, the lower and the upper half of the votes.
-        mask, other = int32(needed >> side.first) & side.mask, needed
-        if side.lanes < LANES:
-            other = int32(needed >> int32(side.lanes - side.first)) & side.mask
+        piece_bytes = int32(int32(rows * size) * strip.width)
+        mask = needed_rows(strip, received, int32(0), strip.block_rows, lane)
         resident = int32(mask & int32((int32(1) << strip.resident) - 1))
         before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident) * pieces)
         # The lists of the strip before are not read any more.
@@ -131,19 +93,18 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
             gate_at = received.gates_at + int64(4) * int32(strip.first_column + lane * strip.block_columns)
             gate, rank, piece = shared_int32(gate_at)[0], int32(popcount(before) * pieces), int32(0)
             while piece < pieces:
-                place = strip.resident_at - ring_at + piece_bytes * int32(lane * pieces + piece)
+                place = int32(int32(strip.resident_at - ring_at) + piece_bytes * int32(lane * pieces + piece))
                 if lane >= strip.resident:
                     streamed = int32(rank - in_ring)
                     offsets[streamed] = strip.offsets[lane] + int64(piece * rows) * strip.width
                     # The remainder by three: the shifted product is the quotient for numbers below 32.
-                    place = piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5)))
-                entries[int32(4 * rank)] = int32(place)
+                    place = int32(piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5))))
+                entries[int32(4 * rank)] = place
                 entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))
                 entries[int32(4 * rank + 2)] = gate
                 rank, piece = int32(rank + 1), int32(piece + 1)
         cuda.syncwarp(FULL_WARP)
-        count, longest = int32(popcount(mask) * pieces), int32(popcount(other) * pieces)
-        return count, in_ring, int32(max(count, longest))
+        return int32(popcount(mask) * pieces), in_ring
 
     @device_function
     def copy_piece(strip, offset, target_at, barrier):
@@ -153,7 +114,7 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
         copy_bulk(int32(target_at), strip.values_at + offset * size, piece_bytes, barrier)
 
     @device_function
-    def refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, side):
+    def refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane):
         """Start copying the next piece to the place of the last one, if that was copied.
 
         done, copied : pieces that were multiplied, and copies that were started; free : the place of the last one
@@ -163,7 +124,7 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
         # All lanes have read the weights and the inputs of the last piece.
         cuda.syncwarp(FULL_WARP)
         if done > resident and copied < streamed:
-            if side.lane == 0:
+            if lane == 0:
                 piece_bytes = int64(rows_of_piece(strip) * size) * strip.width
                 copy_piece(strip, offsets[copied], ring_at + piece_bytes * free, int32(barriers + int32(8) * free))
             copied, free = int32(copied + 1), int32(free + 1)
@@ -197,45 +158,40 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
         store_shared_float4(int32(to_at), gate * a, gate * b, gate * c, gate * d)
 
     @device_function
-    def add_pieces(acc, strip, received, ring_at, side):
+    def add_pieces(acc, strip, received, ring_at, lane):
         rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
         piece_bytes, scaled_at = int64(rows * size) * strip.width, lists_at + int64(LIST_BYTES)
-        count, resident, longest = list_pieces(strip, received, ring_at, lists_at, side)
+        count, resident = list_pieces(strip, received, ring_at, lists_at, lane)
         offsets, barriers = shared_int64(lists_at + int64(16 * LANES)), int32(scaled_at + int64(SCALED_BYTES))
-        streamed, copied, sum_of_strip = int32(count - resident), int32(0), acc
-        if side.lane < PIECES_AHEAD:
-            barrier_init(int32(barriers + int32(8) * side.lane), int32(1))
+        streamed, copied = int32(count - resident), int32(0)
+        if lane < PIECES_AHEAD:
+            barrier_init(int32(barriers + int32(8) * lane), int32(1))
         barrier_init_done()
         cuda.syncwarp(FULL_WARP)
         while copied < min(streamed, int32(PIECES_AHEAD)):
-            if side.lane == 0:
+            if lane == 0:
                 copy_piece(strip, offsets[copied], ring_at + piece_bytes * copied, int32(barriers + int32(8) * copied))
             copied = int32(copied + 1)
-        if longest > 0:
+        if count > 0:
             # Lanes without a column read what another lane reads.
-            own_at = ring_at + int64(16) * min(side.lane, int32(strip.width - 1))
-            raw_at, to_at = received.inputs_at + int64(16) * side.lane, scaled_at + int64(16) * side.lane
+            own_at = ring_at + int64(16) * min(lane, int32(strip.width - 1))
+            raw_at, to_at = received.inputs_at + int64(16) * lane, scaled_at + int64(16) * lane
             step, next8, sixteen = int64(16) * strip.width, int64(8 * size) * strip.width, int64(16)
-            # The lanes of a half multiply eight inputs of a piece each; those of a whole warp the same four twice.
-            second = int64(16) * (int32(LANES) - side.lanes)
-            # The entry of the next piece. A side with fewer pieces than the other repeats its last one, and one without
-            # any has the place of its ring.
-            entry_at, last_at = int32(lists_at), int32(int32(lists_at) + int32(16 * int32(max(count - 1, 0))))
-            if count == 0 and side.lane == 0:
+            # The entry of the next piece.
+            entry_at, last_at = int32(lists_at), int32(int32(lists_at) + int32(16 * int32(count - 1)))
+            if count == 0 and lane == 0:
                 entries = shared_int32(lists_at)
                 entries[0] = entries[1] = entries[2] = int32(0)
             cuda.syncwarp(FULL_WARP)
             place, raw, first_gate, _ = load_shared4(entry_at)
             v0, v1, v2, v3 = load_shared_float4(raw_at + int64(raw))
-            y0, y1, y2, y3 = load_shared_float4(raw_at + int64(raw) + second)
             gate = libdevice.int_as_float(first_gate)
             keep_scaled(to_at, gate, v0, v1, v2, v3)
-            keep_scaled(to_at + second, gate, y0, y1, y2, y3)
             entry_at = int32(min(int32(entry_at + int32(16)), last_at))
             next_place, next_raw, next_gate, _ = load_shared4(entry_at)
             # The streamed piece that is waited for next: its place in the ring, and the parity of its phase.
             done, half, slot, parity, free = int32(0), int32(0), int32(0), int32(0), int32(0)
-            if resident == 0 and count > 0:
+            if resident == 0:
                 slot, parity = wait_for_piece(barriers, slot, parity)
             # The other lanes have multiplied parts of the inputs of the piece.
             cuda.syncwarp(FULL_WARP)
@@ -247,12 +203,11 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
             c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
             r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
             whole = rows == PIECE
-            while whole and done < longest:
+            while whole and done < count:
                 # Like the next loop, of pieces of PIECE rows, of which the sums are one sequence.
-                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, side)
+                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane)
                 done = int32(done + 1)
                 t0, t1, t2, t3 = load_shared_float4(raw_at + int64(next_raw))
-                z0, z1, z2, z3 = load_shared_float4(raw_at + int64(next_raw) + second)
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
                 further_place, further_raw, further_gate, _ = load_shared4(entry_at)
                 w_1, w_2, w_3 = w_at + 4 * next8, w_at + 8 * next8, w_at + 12 * next8
@@ -271,7 +226,6 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
                 )
                 half, factor = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
                 keep_scaled(to_at + int64(half), factor, t0, t1, t2, t3)
-                keep_scaled(to_at + int64(half) + second, factor, z0, z1, z2, z3)
                 w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
                 if done >= resident and done < count:
                     slot, parity = wait_for_piece(barriers, slot, parity)
@@ -286,18 +240,15 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
                     (c0, c1, c2, c3, c4, c5, c6, c7),
                     (r0, r1, r2, r3, r4, r5, r6, r7),
                 ) = add_turn(acc, step, w_3, x_3, w_at, x_at, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3)
-                sum_of_strip = acc if done <= count else sum_of_strip
                 next_place, next_raw, next_gate = further_place, further_raw, further_gate
-            while done < longest:
-                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, side)
+            while done < count:
+                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane)
                 done = int32(done + 1)
                 u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
-                s0, s1, s2, s3 = load_shared_float4(raw_at + int64(next_raw) + second)
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
                 later_place, later_raw, later_gate, _ = load_shared4(entry_at)
                 half, scale, turn = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate), int32(TURN)
                 keep_scaled(to_at + int64(half), scale, u0, u1, u2, u3)
-                keep_scaled(to_at + int64(half) + second, scale, s0, s1, s2, s3)
                 if done >= resident and done < count:
                     slot, parity = wait_for_piece(barriers, slot, parity)
                 cuda.syncwarp(FULL_WARP)
@@ -320,12 +271,11 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
                         *((c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7)),
                     )
                     turn, w_at, x_at = int32(turn + TURN), next_w, next_x
-                sum_of_strip = acc if done <= count else sum_of_strip
                 next_place, next_raw, next_gate = later_place, later_raw, later_gate
         # No phase is waited for any more.
         cuda.syncwarp(FULL_WARP)
-        if side.lane < PIECES_AHEAD:
-            barrier_end(int32(barriers + int32(8) * side.lane))
-        return sum_of_strip
+        if lane < PIECES_AHEAD:
+            barrier_end(int32(barriers + int32(8) * lane))
+        return acc
 
-    return is_whole, add_pieces
+    return add_pieces
