@@ -317,7 +317,8 @@ class GatedMatrix:
         table[tables.AT_RESIDENT], table[tables.RESIDENT_ROWS] = at, resident
         at += resident * block_bytes
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
-        table[tables.IN_PIECES] = self.has_pieces(owned, stage_bytes)
+        pieces = samples == 1 and self.has_pieces(owned, stage_bytes)
+        table[tables.IN_PIECES] = pieces and own_strips <= workers < self.warps
         return table, at + workers * ring_bytes + beyond
 
     def has_pieces(self, owned: Owned, stage_bytes: int) -> bool:

@@ -286,7 +286,7 @@ TILE_SIDE, TILE_INPUTS = 64, 16
     RESIDENT_ROWS,  # block rows of a strip that stay in shared memory
     LOGITS_RESIDENT,  # 1 if the weights of the own logits stay in shared memory
     PARTS,  # parts of a logit
-    IN_PIECES,  # 1 if strips go through `kernels/gated_pieces.py` where a block has one sample
+    IN_PIECES,  # 1 if every warp after the first has at most one strip, which goes through `kernels/gated_pieces.py`
     PLACE_FIELDS,  # number of columns
 ) = range(31)
 

@@ -35,7 +35,6 @@ import numpy as np
 from numba import int32, int64
 
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels.gated_pieces import make_add_pieces
 from eventrnn.cuda.kernels.gated_strips import add8, gate_of, load8, make_weights8, needed_rows, next_row, rows_in
 from eventrnn.cuda.kernels.ptx import (
     OPEN_GROUPS,
@@ -65,9 +64,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
 
     stage_bytes : bytes of weights that a warp copies at a time
 
-    add_strip(start, strip, received, ring_at, lane, in_pieces) -> start + sum over j of weight * (gate * input), for
-    one row of inputs, which go through `gated_pieces.py` if in_pieces is 1. The sums of several rows lie behind the
-    ring (`sum_of_sample`).
+    add_strip(start, strip, received, ring_at, lane) -> start + sum over j of weight * (gate * input). For one row of
+    inputs it returns the sum; those of several rows lie behind the ring (`sum_of_sample`).
 
     begin_strip(strip, received, ring_at, lane) starts the first copies; for a strip of a factor,
     end_factor(start, factor, part, received, ring_at, lane) does the rest.
@@ -76,7 +74,7 @@ def make_add_strip(narrow: bool, stage_bytes: int):
     """
     size = 2 if narrow else 4
 
-    weights8, add_pieces = make_weights8(narrow), make_add_pieces(narrow, stage_bytes)
+    weights8 = make_weights8(narrow)
 
     @device_function
     def start_stage(strip, received, row, first, mask, done, slot_at, lane):
@@ -250,12 +248,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return acc
 
     @device_function
-    def add_strip(start, strip, received, ring_at, lane, in_pieces):
-        if in_pieces != 0 and received.samples == 1:
-            acc = add_pieces(start, strip, received, ring_at, lane)
-        else:
-            acc = end_strip(start, strip, received, begin_strip(strip, received, ring_at, lane), ring_at, lane)
-        return acc
+    def add_strip(start, strip, received, ring_at, lane):
+        return end_strip(start, strip, received, begin_strip(strip, received, ring_at, lane), ring_at, lane)
 
     @device_function
     def end_factor(start, factor, part, received, ring_at, lane):

@@ -391,10 +391,10 @@ def is_too_large(largest, maxima, me):
 
 
 @device_function
-def choose(gates, keys, ratios_at, words_at, maxima, n, kept, softmax, me):
-    """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
+def choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, me):
+    """Turn the logits of `n` blocks into `keys` and ratios (`place_chosen`). Returns True where a logit is not finite.
 
-    The caller synchronises the block before other threads than the own one read `gates`.
+    All threads must call it; the block is synchronised at the end.
     """
     lane, warp, warps = me
     thread, threads = int32(warp * LANES + lane), int32(warps * LANES)
@@ -429,23 +429,49 @@ def choose(gates, keys, ratios_at, words_at, maxima, n, kept, softmax, me):
         room = int32(kept - above)
     place_chosen(gates, keys, ratios, words, n, lowest, reached, room, softmax, pivot, me)
     cuda.syncthreads()
-    if warp == 0:
-        if softmax == 0:
-            divide_by_largest(ratios, kept, lane)
-        # The largest ratio is 1, so that the factor is the largest gate.
-        factor, each = np.float32(n) / sum_in_order(ratios_at, kept), int32(0)
-        if lane < warps:
-            each = maxima[lane]
-        most = factor * libdevice.int_as_float(max_of_warp(each))
-        if lane == 0:
-            words[NOT_FINITE] = int32(not (factor - factor == 0 and most - most == 0))
-            words[FACTOR] = libdevice.float_as_int(factor)
-    cuda.syncthreads()
-    b, factor = thread, libdevice.int_as_float(words[FACTOR])
+    return faulty
+
+
+@device_function
+def find_factor(ratios_at, words_at, maxima, n, kept, softmax, warps, lane):
+    """In one warp: what the ratios are multiplied by, and whether gates and their products with inputs are finite."""
+    words = shared_int32(words_at)
+    if softmax == 0:
+        divide_by_largest(shared_float32(ratios_at), kept, lane)
+    # The largest ratio is 1, so that the factor is the largest gate.
+    factor, each = np.float32(n) / sum_in_order(ratios_at, kept), int32(0)
+    if lane < warps:
+        each = maxima[lane]
+    most = factor * libdevice.int_as_float(max_of_warp(each))
+    if lane == 0:
+        words[NOT_FINITE] = int32(not (factor - factor == 0 and most - most == 0))
+        words[FACTOR] = libdevice.float_as_int(factor)
+
+
+@device_function
+def write_gates(gates, keys, ratios_at, words_at, n, me):
+    """Write the gates. Returns True where they are not finite. The block is synchronised before, and by the caller
+    before other threads than the own one read `gates`."""
+    words, ratios = shared_int32(words_at), shared_float32(ratios_at)
+    b, threads, factor = int32(me[1] * LANES + me[0]), int32(me[2] * LANES), libdevice.int_as_float(words[FACTOR])
     while b < n:
         gate = np.float32(0)
         if keys[b] >= 0:
             gate = ratios[keys[b]] * factor
         gates[b] = gate
         b = int32(b + threads)
-    return faulty or words[NOT_FINITE] != 0
+    return words[NOT_FINITE] != 0
+
+
+@device_function
+def choose(gates, keys, ratios_at, words_at, maxima, n, kept, softmax, me):
+    """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
+
+    The caller synchronises the block before other threads than the own one read `gates`.
+    """
+    faulty = choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, me)
+    if me[1] == 0:
+        find_factor(ratios_at, words_at, maxima, n, kept, softmax, me[2], me[0])
+    cuda.syncthreads()
+    not_finite = write_gates(gates, keys, ratios_at, words_at, n, me)
+    return faulty or not_finite

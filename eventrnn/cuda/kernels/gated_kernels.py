@@ -376,7 +376,7 @@ def gated_rows_kernel(narrow: bool):
                     none,
                     int64(0),
                 )
-                acc = add_strip(start, strip_rows, for_blocks, ring_at, lane, int32(0))
+                acc = add_strip(start, strip_rows, for_blocks, ring_at, lane)
                 if mine:
                     sample = int32(0)
                     while sample < own:

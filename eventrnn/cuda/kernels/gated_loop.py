@@ -18,6 +18,8 @@ and after each phase of `tables.PHASES`, as the first thread of a block reads it
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import int32, int64, types
 
@@ -26,13 +28,21 @@ from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.cell_updates import UPDATES
 from eventrnn.cuda.kernels.gated_blocks import make_add_strip
-from eventrnn.cuda.kernels.gated_choice import FACTOR, choose, is_too_large
+from eventrnn.cuda.kernels.gated_choice import (
+    FACTOR,
+    choose,
+    choose_places,
+    find_factor,
+    is_too_large,
+    write_gates,
+)
 from eventrnn.cuda.kernels.gated_kernels import (
     magnitude_bits,
     report,
     set_ones,
     strip_of_factor,
 )
+from eventrnn.cuda.kernels.gated_pieces import make_pieces
 from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
@@ -120,6 +130,51 @@ def sum_of_parts(at, parts):
     return total
 
 
+class OwnStrips(NamedTuple):
+    """The strips of the recurrent matrix that a block of threads owns."""
+
+    #: int64, address of the values of all strips
+    values_at: Any
+    #: int64, address of the offsets of the own strips in shared memory
+    offsets_at: Any
+    #: int32: columns of a strip, rows that are copied at a time, rows of all block rows, block rows, rows of a block,
+    #: and block columns
+    width: Any
+    stage_rows: Any
+    n_rows: Any
+    block_rows: Any
+    rows_of_block: Any
+    block_columns: Any
+    #: array of int32, block columns of the columns of all own strips, LANES each
+    columns: Any
+    #: int32, the first block rows, which are resident, their int64 address, and int64 bytes of a block row
+    resident: Any
+    resident_at: Any
+    block_bytes: Any
+
+
+@device_function
+def strip_of_item(strips, item, count, lane):
+    """A strip, of which `count` lanes have a column."""
+    own = int32(item * LANES)
+    return StripRows(
+        strips.values_at,
+        shared_int64(strips.offsets_at + int64(8) * (item * strips.block_rows)),
+        strips.width,
+        strips.stage_rows,
+        strips.n_rows,
+        strips.block_rows,
+        strips.rows_of_block,
+        strips.block_columns,
+        strips.columns[own],
+        strips.columns[int32(own + count - 1)],
+        strips.columns[int32(own + lane)],
+        lane < count,
+        strips.resident,
+        strips.resident_at + strips.block_bytes * int32(item * strips.resident),
+    )
+
+
 def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = False):
     """The kernel of a layer with a gated recurrent matrix, and its signature.
 
@@ -130,6 +185,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
     spread    : blocks of a group of samples; tiles, samples : what a block owns
     """
     (add_strip, _, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
+    begin_pieces, end_pieces = make_pieces(narrow, LAYER_STAGE_BYTES)
     _, begin_strip, end_factor, add_piece = make_add_strip(False, LAYER_STAGE_BYTES)
     sums_offset = STAGES * LAYER_STAGE_BYTES
     ring_bytes = sums_offset + TAIL_BYTES
@@ -180,8 +236,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         keys, ratios_at = shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS]
         words_at, maxima_at = shared + place[tables.AT_WORDS], shared + place[tables.AT_MAXIMA]
         words = shared_int32(words_at)
-        ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
-        in_pieces = int32(place[tables.IN_PIECES])
+        rings_at, workers = shared + place[tables.AT_RINGS], int32(place[tables.WORKERS])
+        ring_at, in_pieces = rings_at + int64(ring_bytes) * warp, int32(place[tables.IN_PIECES])
         ones_at = shared + place[tables.AT_ONES]
         drives_in_at, offsets_at = shared + place[tables.AT_DRIVES_IN], shared + place[tables.AT_OFFSETS]
         drives_in, drives_rec = (
@@ -329,6 +385,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         for_inner = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
         for_logits = Received(own_samples, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
         for_blocks = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
+        own_strips = OwnStrips(
+            *(block_values, offsets_at, width, stage, n_rows, grid_rows, padded, grid_columns, columns),
+            *(resident, resident_at, block_bytes),
+        )
         # The part of an own logit that a thread computes first. A matrix without blocks has no logits.
         of_strip = int32(max(1, parts * logit_width))
         first_strip = int32(thread // of_strip)
@@ -482,7 +542,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     return
             stamp(stamps_at, t, 3, thread)
             sample = int32(0)
-            while sample < own_samples:
+            while in_pieces == 0 and sample < own_samples:
                 own, sample_maxima = int32(2 * sample), shared_int32(maxima_at + int64(4 * LANES) * sample)
                 if held[own] == 0:
                     bad = choose(
@@ -496,33 +556,51 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 if bad and thread == 0:
                     report(status_at, m[tables.NUMBER])
                 sample = int32(sample + 1)
+            # Warps with a strip begin it while the first one still sums the ratios.
+            item, pieces, resident_pieces = int32(warp - 1), none, none
+            if in_pieces != 0:
+                bad = False
+                if fresh != 0:
+                    bad = choose_places(gates, keys, ratios_at, words_at, blocks, kept, softmax, me)
+                if fresh != 0 and warp == 0:
+                    find_factor(ratios_at, words_at, shared_int32(maxima_at), blocks, kept, softmax, warps, lane)
+                if warp > 0 and item < own_tiles * n_gates:
+                    chosen, absent = keys, int32(-1)
+                    if fresh == 0:
+                        chosen, absent = shared_int32(gates_at), none
+                    tile, gate = next_item(none, item, n_gates)
+                    pieces, resident_pieces = begin_pieces(
+                        *(strip_of_item(own_strips, item, units[int32(2 * tile + 1)], lane), for_blocks),
+                        *(chosen, absent, rings_at + int64(ring_bytes) * item, lane),
+                    )
+                cuda.syncthreads()
+                if fresh != 0:
+                    bad = write_gates(gates, keys, ratios_at, words_at, blocks, me) or bad
+                    if thread == 0:
+                        held[0], held[1] = period, words[FACTOR]
+                else:
+                    bad = is_too_large(held[1], shared_int32(maxima_at), me)
+                if bad and thread == 0:
+                    report(status_at, m[tables.NUMBER])
             cuda.syncthreads()
             stamp(stamps_at, t, 4, thread)
 
             # The recurrent drives of the own tiles.
-            tile, gate, item = int32(0), warp, warp
-            while warp < workers:
+            if in_pieces != 0 and warp > 0 and item < own_tiles * n_gates:
+                tile, gate = next_item(none, item, n_gates)
+                acc = end_pieces(
+                    starts[int32(item * LANES + lane)],
+                    *(strip_of_item(own_strips, item, units[int32(2 * tile + 1)], lane), for_blocks),
+                    *(pieces, resident_pieces, rings_at + int64(ring_bytes) * item, lane),
+                )
+                drives_rec[int32(item * LANES + lane)] = acc
+            tile, gate, item = none, warp, warp
+            while in_pieces == 0 and warp < workers:
                 tile, gate = next_item(tile, gate, n_gates)
                 if tile >= own_tiles:
                     break
-                own, count = int32(item * LANES), units[int32(2 * tile + 1)]
-                strip_rows = StripRows(
-                    block_values,
-                    shared_int64(offsets_at + int64(8) * (item * grid_rows)),
-                    width,
-                    stage,
-                    n_rows,
-                    grid_rows,
-                    padded,
-                    grid_columns,
-                    columns[own],
-                    columns[int32(own + count - 1)],
-                    columns[int32(own + lane)],
-                    lane < count,
-                    resident,
-                    resident_at + block_bytes * int32(item * resident),
-                )
-                acc = add_strip(starts[int32(own + lane)], strip_rows, for_blocks, ring_at, lane, in_pieces)
+                strip_rows = strip_of_item(own_strips, item, units[int32(2 * tile + 1)], lane)
+                acc = add_strip(starts[int32(item * LANES + lane)], strip_rows, for_blocks, ring_at, lane)
                 sample = int32(0)
                 while sample < own_samples:
                     place_of = int32((sample * own_tiles * n_gates + item) * LANES + lane)

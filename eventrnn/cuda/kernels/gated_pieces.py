@@ -1,9 +1,11 @@
 """Products with gated blocks of one row of inputs, in pieces of block rows: device functions for one warp.
 
-add_pieces : one strip of one block column, with block rows of whole pieces (`gated_matrix.GatedMatrix.has_pieces`). Its
-             pieces that some input and the gate need are multiplied in ascending order. Those of the first block rows
-             may be resident in shared memory; the others are copied to the ring of the warp, PIECES_AHEAD at a time,
-             each by one lane.
+begin_pieces : lists the pieces of a strip that some input and the gate need, and starts to copy some of them.
+end_pieces   : multiplies them in ascending order.
+
+A strip has one block column, and block rows of whole pieces (`gated_matrix.GatedMatrix.has_pieces`). The first block
+rows may be resident in shared memory; pieces of the others are copied to the ring of the strip, PIECES_AHEAD at a time,
+each by one lane.
 
 Rings, resident weights and inputs are those of `gated_blocks.py`. Behind the stages of its ring a warp has
 
@@ -16,8 +18,8 @@ from __future__ import annotations
 
 from numba import int32, int64
 
-from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.gated_strips import add8, load8, make_weights8, needed_rows
+from eventrnn.cuda.device import cuda, device_function
+from eventrnn.cuda.kernels.gated_strips import add8, load8, make_weights8
 from eventrnn.cuda.kernels.ptx import (
     barrier_end,
     barrier_expect_bytes,
@@ -26,6 +28,7 @@ from eventrnn.cuda.kernels.ptx import (
     barrier_try_wait,
     copy_bulk,
     load_shared4,
+    load_shared_float,
     load_shared_float4,
     shared_int32,
     shared_int64,
@@ -64,34 +67,47 @@ def wait_for_piece(barriers, slot, parity):
     return slot, parity
 
 
-def make_add_pieces(narrow: bool, stage_bytes: int):
-    """The device function add_pieces for float32 weights, or for bfloat16 ones.
+@device_function
+def chosen_rows(strip, received, chosen, absent, lane):
+    """A mask of the block rows of a strip that the warp has to multiply. Each lane looks at one."""
+    needed = False
+    if lane < strip.block_rows and strip.offsets[lane] >= 0 and shared_int32(received.active_at)[lane] != 0:
+        needed = chosen[int32(strip.first_column + lane * strip.block_columns)] != absent
+    return int32(cuda.ballot_sync(FULL_WARP, needed))
+
+
+def make_pieces(narrow: bool, stage_bytes: int):
+    """The device functions begin_pieces and end_pieces for float32 weights, or for bfloat16 ones.
 
     stage_bytes : a STAGES-th of the ring of a warp
 
-    add_pieces(start, strip, received, ring_at, lane) -> start + sum over j of weight * (gate * input).
+    begin_pieces(strip, received, chosen, absent, ring_at, lane) -> the pieces, and how many of them are resident.
+    chosen : (blocks,) int32 in shared memory, `absent` for blocks that are not needed. The gates need not be there yet
+
+    end_pieces(start, strip, received, count, resident, ring_at, lane) -> start + sum over j of weight * (gate * input).
     """
     size, weights8 = 2 if narrow else 4, make_weights8(narrow)
 
     @device_function
-    def list_pieces(strip, received, ring_at, lists_at, lane):
+    def list_pieces(strip, received, chosen, absent, ring_at, lists_at, lane):
         """List the pieces of the block rows of a strip that the warp needs. Returns how many they are, and how many of
         them are resident.
 
         lists_at : address of (LANES, 4) int32: of each piece the place of its weights after `ring_at`, the place of its
-                   inputs, and the bits of its gate; then of (LANES,) int64, offsets of those that are not resident
+                   inputs, and the address of its gate; then of (LANES,) int64, offsets of those that are not
+                   resident
         """
         rows, pieces = rows_of_piece(strip), pieces_of(strip)
         piece_bytes = int32(int32(rows * size) * strip.width)
-        mask = needed_rows(strip, received, int32(0), strip.block_rows, lane)
+        mask = chosen_rows(strip, received, chosen, absent, lane)
         resident = int32(mask & int32((int32(1) << strip.resident) - 1))
         before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident) * pieces)
         # The lists of the strip before are not read any more.
         cuda.syncwarp(FULL_WARP)
         if (mask >> lane) & 1:
             entries, offsets = shared_int32(lists_at), shared_int64(lists_at + int64(16 * LANES))
-            gate_at = received.gates_at + int64(4) * int32(strip.first_column + lane * strip.block_columns)
-            gate, rank, piece = shared_int32(gate_at)[0], int32(popcount(before) * pieces), int32(0)
+            gate_at = int32(received.gates_at + int64(4) * int32(strip.first_column + lane * strip.block_columns))
+            rank, piece = int32(popcount(before) * pieces), int32(0)
             while piece < pieces:
                 place = int32(int32(strip.resident_at - ring_at) + piece_bytes * int32(lane * pieces + piece))
                 if lane >= strip.resident:
@@ -101,7 +117,7 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
                     place = int32(piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5))))
                 entries[int32(4 * rank)] = place
                 entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))
-                entries[int32(4 * rank + 2)] = gate
+                entries[int32(4 * rank + 2)] = gate_at
                 rank, piece = int32(rank + 1), int32(piece + 1)
         cuda.syncwarp(FULL_WARP)
         return int32(popcount(mask) * pieces), in_ring
@@ -158,20 +174,30 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
         store_shared_float4(int32(to_at), gate * a, gate * b, gate * c, gate * d)
 
     @device_function
-    def add_pieces(acc, strip, received, ring_at, lane):
-        rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
-        piece_bytes, scaled_at = int64(rows * size) * strip.width, lists_at + int64(LIST_BYTES)
-        count, resident = list_pieces(strip, received, ring_at, lists_at, lane)
-        offsets, barriers = shared_int64(lists_at + int64(16 * LANES)), int32(scaled_at + int64(SCALED_BYTES))
-        streamed, copied = int32(count - resident), int32(0)
+    def begin_pieces(strip, received, chosen, absent, ring_at, lane):
+        lists_at, piece_bytes = (
+            ring_at + int64(STAGES * stage_bytes),
+            int64(rows_of_piece(strip) * size) * strip.width,
+        )
+        count, resident = list_pieces(strip, received, chosen, absent, ring_at, lists_at, lane)
+        offsets = shared_int64(lists_at + int64(16 * LANES))
+        barriers, copied = int32(lists_at + int64(LIST_BYTES + SCALED_BYTES)), int32(0)
         if lane < PIECES_AHEAD:
             barrier_init(int32(barriers + int32(8) * lane), int32(1))
         barrier_init_done()
         cuda.syncwarp(FULL_WARP)
-        while copied < min(streamed, int32(PIECES_AHEAD)):
+        while copied < min(int32(count - resident), int32(PIECES_AHEAD)):
             if lane == 0:
                 copy_piece(strip, offsets[copied], ring_at + piece_bytes * copied, int32(barriers + int32(8) * copied))
             copied = int32(copied + 1)
+        return count, resident
+
+    @device_function
+    def end_pieces(acc, strip, received, count, resident, ring_at, lane):
+        rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
+        scaled_at, offsets = lists_at + int64(LIST_BYTES), shared_int64(lists_at + int64(16 * LANES))
+        barriers, streamed = int32(scaled_at + int64(SCALED_BYTES)), int32(count - resident)
+        copied = int32(min(streamed, int32(PIECES_AHEAD)))
         if count > 0:
             # Lanes without a column read what another lane reads.
             own_at = ring_at + int64(16) * min(lane, int32(strip.width - 1))
@@ -179,13 +205,9 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
             step, next8, sixteen = int64(16) * strip.width, int64(8 * size) * strip.width, int64(16)
             # The entry of the next piece.
             entry_at, last_at = int32(lists_at), int32(int32(lists_at) + int32(16 * int32(count - 1)))
-            if count == 0 and lane == 0:
-                entries = shared_int32(lists_at)
-                entries[0] = entries[1] = entries[2] = int32(0)
-            cuda.syncwarp(FULL_WARP)
             place, raw, first_gate, _ = load_shared4(entry_at)
             v0, v1, v2, v3 = load_shared_float4(raw_at + int64(raw))
-            gate = libdevice.int_as_float(first_gate)
+            gate = load_shared_float(first_gate)
             keep_scaled(to_at, gate, v0, v1, v2, v3)
             entry_at = int32(min(int32(entry_at + int32(16)), last_at))
             next_place, next_raw, next_gate, _ = load_shared4(entry_at)
@@ -224,7 +246,7 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
                 acc, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3 = add_turn(
                     acc, step, w_2, x_2, w_3, x_3, wa_2, xa_2, wb_2, xb_2, wc_2, xc_2
                 )
-                half, factor = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
+                half, factor = int32(half ^ int32(4 * PIECE)), load_shared_float(next_gate)
                 keep_scaled(to_at + int64(half), factor, t0, t1, t2, t3)
                 w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
                 if done >= resident and done < count:
@@ -247,7 +269,7 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
                 u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
                 later_place, later_raw, later_gate, _ = load_shared4(entry_at)
-                half, scale, turn = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate), int32(TURN)
+                half, scale, turn = int32(half ^ int32(4 * PIECE)), load_shared_float(next_gate), int32(TURN)
                 keep_scaled(to_at + int64(half), scale, u0, u1, u2, u3)
                 if done >= resident and done < count:
                     slot, parity = wait_for_piece(barriers, slot, parity)
@@ -278,4 +300,4 @@ def make_add_pieces(narrow: bool, stage_bytes: int):
             barrier_end(int32(barriers + int32(8) * lane))
         return acc
 
-    return add_pieces
+    return begin_pieces, end_pieces
