@@ -112,6 +112,10 @@ def main(
     if backend not in ("cpu", "cuda"):
         raise ValueError(f"backend: got {backend!r}, need cpu or cuda")
     records = Records(results, KEY)
+    if backend == "cuda":
+        from eventrnn.cuda.device import current_device
+
+        records.device = current_device().name
     for batch in BATCHES:
         for cell in ACTIVITY:
             line = records.add(measured(backend, cell, hidden, batch, steps, repeats))

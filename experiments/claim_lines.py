@@ -25,9 +25,6 @@ class Finding:
     lines: tuple[dict, ...] = ()
 
 
-NOTHING = Finding("", None)
-
-
 def lines_of(name: str) -> list[dict]:
     """All lines of results/NAME.jsonl, oldest first; none where the file is not there."""
     return read(name, timed=False) if (HERE / "results" / f"{name}.jsonl").exists() else []

@@ -1,4 +1,4 @@
-"""Pruned word models on the whole vocabulary of the Penn Treebank, as sweeps (after Narang et al. and Hubara et al.).
+"""Pruned networks on the text of the Penn Treebank, as sweeps (after Narang et al. and Hubara et al.).
 
     python experiments/pruning_sweep.py plan gru.toml --cell gru             # what is trained
     eventrnn sweep gru.toml --out sweep-gru --workers 4                      # trains it on a GPU
@@ -6,24 +6,26 @@
     python experiments/pruning_sweep.py convert sweep-gru                    # N:M without training, by AdaPrune
     python experiments/pruning_sweep.py table
 
-A point is trained from random weights to its last epoch: dense, with as little noise as the pruned ones too, or pruned
-by one of RULES to a sparsity in one of BLOCKS, or with N:M masks of MASKS. The learning rate falls from half-way on, so
-that every training ends where it stops improving; the dense network that is trained twice as long shows by how much
-that is not so. Points are in the order of their worth, so that a sweep that is cut short has a table: those of 90 % and
-one seed first, the other seeds of the best known rule next, and other sparsities last. The embedding is also the
-read-out and as wide as the last layer; it is not pruned. Networks whose other layers are larger are pruned to the
-weights of the dense one.
+A point is trained from random weights to its last epoch: dense, or pruned by one of RULES to a sparsity in one of
+BLOCKS, or with N:M masks of MASKS. The learning rate falls from half-way on, so that every training ends where it stops
+improving; a dense network that is trained for twice as long shows by how much that is not so. There are two networks:
+the one of `--hidden`, and a smaller one of half of its units. The larger is pruned to 90 %, and also to the weights of
+the smaller one; masks and rules are compared on the smaller one. Words are the whole vocabulary; their embedding is
+also the read-out and as wide as the last layer, and is not pruned. The second task, `characters`, is the same text by
+characters, for one layer with a read-out of its own.
 
-`collect` takes the figures of the runs and adds the bytes of the model file in each of STORAGES. `convert` prunes the
-dense network of each seed, and the one with half of its single weights, to N:M masks without training. Neither measures
+A sweep has one or several of PARTS, in the order in which they are named, so that a sweep that is cut short has whole
+answers. `collect` takes the figures of the runs and adds the bytes of the model file in each of STORAGES. `convert`
+prunes dense networks, and those with half of their single weights, to N:M masks without training. Neither measures
 time: see `block_steps.py`.
 """
 
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -55,14 +57,35 @@ RESULTS = Path(__file__).parent / "results" / "pruning_sweep.jsonl"
 # dropout): at 90 % a third. With all of it a pruned network learns the training text much worse than the dense one.
 PRESET = "egru-ptb"
 NOISE = {"dropout_input": 0.4, "dropout_top": 0.4}
-DROPCONNECT = 0.3
 
-# Settings in which points differ, beside those of all points of a sweep that a line also holds.
-RULE = ("method", "nm", "block", "sparsity", "statistic", "scope", "since", "until", "strength")
+# DropConnect of the larger and of the smaller dense network.
+DROPCONNECT = (0.4, 0.25)
+
+# Validations take a tenth of the time of a training where there is one after every epoch.
+BETWEEN_VALIDATIONS = 824
+
+# The recipe of characters: 5 million of them, 50 different ones.
+CHARACTERS: dict[str, Any] = {
+    "data.kind": "character",
+    "model.embedding": 128,
+    "model.tied": False,
+    "training.window": 128,
+    "training.regularisers.dropout_input": 0.0,
+    "training.regularisers.dropout_words": 0.0,
+    "training.regularisers.dropout_between": 0.0,
+    "training.regularisers.dropout_top": 0.2,
+}
+OF_CHARACTERS = 1024
+
+# Settings in which points differ, beside those of all points of a sweep that a line also holds. What neither has is
+# that of the preset.
+RULE = ("method", "nm", "block", "sparsity", "statistic", "scope", "exempt", "since", "until", "strength")
+NOISES = tuple(f"training.regularisers.dropout_{name}" for name in ("input", "words", "between", "top"))
+RATES = ("training.learning_rate", "training.schedule.constant", "training.weight_decay")
 # A network that `convert` made has the name of the one that it began with.
 TRAINED = ("training.regularisers.dropconnect", "training.epochs", "training.seed")
-AXES = ("model.hidden", *(f"pruning.{name}" for name in RULE), *TRAINED, "converted")
-SHARED = ("data.text", "model.cell", "model.embedding", "training.learning_rate", "training.precision")
+AXES = ("model.hidden", *(f"pruning.{name}" for name in RULE), *NOISES, *RATES, *TRAINED, "converted")
+SHARED = ("data.text", "data.kind", "model.cell", "model.embedding", "training.precision")
 KEY = (*SHARED, *AXES)
 
 FIRST, OTHERS = 0.9, (0.8, 0.95)
@@ -79,6 +102,25 @@ RULES: dict[str, dict[str, Any]] = {
 }
 BEST = "column"
 
+# What else was tried with the largest blocks, each beside the best known rule in one respect.
+ARMS: tuple[dict[str, Any], ...] = (
+    {},
+    {"pruning.since": 0.05, "pruning.until": 0.4},
+    {
+        "training.regularisers.dropout_input": 0.25,
+        "training.regularisers.dropout_words": 0.05,
+        "training.regularisers.dropout_between": 0.1,
+    },
+    {TRAINED[0]: 0.2},
+    {"training.learning_rate": 3e-3},
+    {"training.weight_decay": 0.03},
+    {"pruning.scope": "matrix"},
+    {"training.schedule.constant": 0.7},
+    {"pruning.since": 0.4, "pruning.until": 0.8},
+    {TRAINED[0]: 0.0},
+    {"pruning.statistic": "max"},
+)
+
 # Masks are drawn once, from weights that have learnt.
 MASKS, MASKED_SINCE = ("2:4", "4:8:both", "4:8"), 0.3
 HALF = {"method": "magnitude", "sparsity": 0.5, **SPAN}
@@ -94,50 +136,94 @@ OF_CELL: dict[str, dict[str, Any]] = {"egru": {}, "gru": {"training.regularisers
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 
-def points(
-    hidden: list[int], larger: float, epochs: int, seeds: int, dropconnect: float = DROPCONNECT
-) -> Iterator[dict[str, Any]]:
-    """The settings in which each point differs from the others, in the order in which they are trained."""
-    wide = [*(int(larger * units) for units in hidden[:-1]), hidden[-1]]
-    share = round(1 - weights(hidden) / weights(wide), 4)
+@dataclass(frozen=True)
+class Plan:
+    """The points of a sweep.
+
+    hidden      : units of the layers of the larger network
+    epochs      : of every training but those for twice as long
+    seeds       : the seed of every training, one after the other
+    dropconnect : of the larger and of the smaller dense network
+    """
+
+    hidden: list[int]
+    epochs: int
+    seeds: list[int]
+    dropconnect: tuple[float, float] = DROPCONNECT
+
+    @property
+    def smaller(self) -> list[int]:
+        """Half of the units in all layers but the last one, or in the only one."""
+        last = len(self.hidden) > 1
+        return [*(units // 2 for units in self.hidden[: len(self.hidden) - last]), *self.hidden[-1:] * last]
 
     def one(
-        seed: int, units: list[int] = hidden, *, longer: int = 1, left: float | None = None, **rule: Any
+        self, seed: int, units: list[int], *, longer: int = 1, left: float | None = None, **rule: Any
     ) -> dict[str, Any]:
+        """A point. left : the share of the weights by which DropConnect goes, where it is not that of the rule"""
         kept = left or (0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0))
-        trained = (round(dropconnect * kept**0.5, 3), longer * epochs, seed)
+        dropconnect = self.dropconnect[units != self.hidden]
+        trained = (round(dropconnect * kept**0.5, 3), longer * self.epochs, seed)
         own = {"model.hidden": units} | dict(zip(TRAINED, trained, strict=True))
         return own | {f"pruning.{name}": value for name, value in rule.items()}
 
-    def blocks(seed: int, rule: str, sparsity: float, sizes: Iterable[tuple[int, int]], units: list[int] = hidden):
-        return [one(seed, units, **RULES[rule], block=list(block), sparsity=sparsity) for block in sizes]
+    def dense(self, seed: int) -> list[dict[str, Any]]:
+        """Both networks."""
+        return [self.one(seed, self.hidden), self.one(seed, self.smaller)]
 
-    def larger_ones(seed: int) -> list[dict[str, Any]]:
-        return blocks(seed, BEST, share, BLOCKS, wide) if wide != hidden else []
+    def noise(self, seed: int) -> list[dict[str, Any]]:
+        """Both networks with less noise, so that it is no advantage of the pruned ones."""
+        return [self.one(seed, units, left=left) for units in (self.hidden, self.smaller) for left in (0.5, 1 - FIRST)]
 
-    def masked(seed: int) -> list[dict[str, Any]]:
+    def longer(self, seed: int) -> list[dict[str, Any]]:
+        """Both networks, trained for twice as long."""
+        return [self.one(seed, units, longer=2) for units in (self.smaller, self.hidden)]
+
+    def blocks(self, seed: int) -> list[dict[str, Any]]:
+        """The larger network, 90 % pruned by the best known rule."""
+        return [self.one(seed, self.hidden, **RULES[BEST], block=list(b), sparsity=FIRST) for b in BLOCKS]
+
+    def shrunk(self, seed: int) -> list[dict[str, Any]]:
+        """The larger network, pruned to the weights of the smaller one."""
+        share = round(1 - weights(self.smaller) / weights(self.hidden), 4)
+        return [self.one(seed, self.hidden, **RULES[BEST], block=list(b), sparsity=share) for b in BLOCKS]
+
+    def rules(self, seed: int) -> list[dict[str, Any]]:
+        """The smaller network, 90 % pruned by each rule; the best one with the largest blocks is among the arms."""
+        pairs = [pair for pair in product(BLOCKS, RULES) if pair != (BLOCKS[-1], BEST)]
+        return [self.one(seed, self.smaller, **RULES[rule], block=list(b), sparsity=FIRST) for b, rule in pairs]
+
+    def arms(self, seed: int) -> list[dict[str, Any]]:
+        """The smaller network, 90 % pruned in the largest blocks by what is in ARMS."""
+        best = self.one(seed, self.smaller, **RULES[BEST], block=list(BLOCKS[-1]), sparsity=FIRST)
+        return [best | arm for arm in ARMS]
+
+    def masks(self, seed: int) -> list[dict[str, Any]]:
+        """The smaller network with N:M masks, and with half of its single weights."""
         drawn = {"method": "magnitude", "since": MASKED_SINCE}
-        return [*(one(seed, **drawn, nm=pattern) for pattern in MASKS), one(seed, **HALF)]
+        return [
+            *(self.one(seed, self.smaller, **drawn, nm=pattern) for pattern in MASKS),
+            self.one(seed, self.smaller, **HALF),
+        ]
 
-    def dense(seed: int) -> list[dict[str, Any]]:
-        # The dense network with as little noise as the pruned ones, so that it is no advantage of theirs.
-        return [one(seed), one(seed, left=0.5), one(seed, left=1 - FIRST)]
+    def curve(self, seed: int) -> list[dict[str, Any]]:
+        """The larger network at other sparsities, and in single weights."""
+        pairs = [*product(OTHERS, [SINGLE, *BLOCKS]), (FIRST, SINGLE)]
+        return [self.one(seed, self.hidden, **RULES[BEST], block=list(b), sparsity=share) for share, b in pairs]
 
-    others = [name for name in RULES if name != BEST]
-    yield from dense(0)
-    for block in BLOCKS:
-        yield from blocks(0, BEST, FIRST, [block])
-        yield from blocks(0, "lasso", FIRST, [block])
-    yield from larger_ones(0)
-    yield from masked(0)
-    yield one(0, longer=2)
-    yield from blocks(0, "threshold", FIRST, BLOCKS)
-    yield from (point for rule in RULES for point in blocks(0, rule, FIRST, [SINGLE]))
-    for seed in range(1, seeds):
-        yield from (*dense(seed), *blocks(seed, BEST, FIRST, BLOCKS), *larger_ones(seed), *masked(seed))
-        yield from (point for rule in others for point in blocks(seed, rule, FIRST, BLOCKS))
-    for seed, sparsity, rule in product(range(seeds), OTHERS, RULES):
-        yield from blocks(seed, rule, sparsity, [SINGLE, *BLOCKS])
+    def characters(self, seed: int) -> list[dict[str, Any]]:
+        """One layer that reads characters: dense, with N:M masks, and dense for twice as long."""
+        drawn = {"method": "magnitude", "since": MASKED_SINCE, "exempt": ["readout"]}
+        points = [self.one(seed, self.smaller), *(self.one(seed, self.smaller, **drawn, nm=nm) for nm in MASKS[:2])]
+        return [*points, *([self.one(seed, self.smaller, longer=2)] if seed == 0 else [])]
+
+    def points(self, parts: list[str]) -> Iterator[dict[str, Any]]:
+        """The settings in which each point differs from the others, in the order in which they are trained."""
+        for part, seed in product(parts, self.seeds):
+            yield from getattr(self, part)(seed)
+
+
+PARTS = ("dense", "blocks", "arms", "shrunk", "masks", "rules", "longer", "noise", "curve", "characters")
 
 
 def weights(hidden: list[int]) -> int:
@@ -154,44 +240,57 @@ def toml(value: Any) -> str:
 def plan(
     out: Annotated[Path, typer.Argument(help="File to write, for `eventrnn sweep`.")],
     cell: Annotated[str, typer.Option(help="egru, or gru for the dense cell.")] = "egru",
-    hidden: Annotated[
-        list[int] | None, typer.Option(min=1, help="Units of a layer; repeat for a stack. [1024 512]")
+    part: Annotated[
+        list[str] | None, typer.Option(help="One of PARTS; repeat for several. [all but characters]")
     ] = None,
-    larger: Annotated[
-        float,
-        typer.Option(min=1, help="Units of all layers but the last in larger networks, as a multiple; 1 for none."),
-    ] = 1.5,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 30,
+    hidden: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Units of a layer of the larger network; repeat for a stack. [2048 512]"),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 40,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
-    dropconnect: Annotated[float, typer.Option(help="DropConnect of the dense network.")] = DROPCONNECT,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each point.")] = 3,
+    dropconnect: Annotated[
+        tuple[float, float], typer.Option(help="DropConnect of the larger and of the smaller dense network.")
+    ] = DROPCONNECT,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; repeat for several. [0 1 2]")] = None,
     backend: Annotated[str, typer.Option(help="cuda, or cpu for a small case.")] = "cuda",
     text: Annotated[str, typer.Option(help="Folder with the three texts, or ptb.")] = "ptb",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that exists.")] = False,
 ) -> None:
-    """Write the file of a sweep: every method, block and sparsity, and the dense network."""
-    if cell not in OF_CELL:
-        raise ValueError(f"cell: got {cell!r}, need one of {', '.join(OF_CELL)}")
+    """Write the file of a sweep of some parts."""
+    parts = list(part or PARTS[:-1])
+    for name, chosen, choices in (("cell", [cell], OF_CELL), ("part", parts, PARTS)):
+        for each in chosen:
+            if each not in choices:
+                raise ValueError(f"{name}: got {each!r}, need one of {', '.join(choices)}")
+    by_characters = "characters" in parts
+    if by_characters and len(parts) > 1:
+        raise ValueError(f"part: got {', '.join(parts)}, but characters are a sweep of their own; plan them apart")
     writable_file(out, force=force)
-    units = list(hidden or (1024, 512))
+    units = list(hidden or ([2 * OF_CHARACTERS] if by_characters else [2048, 512]))
     settings = {
         "data.text": text,
         "model.cell": cell,
         "model.embedding": units[-1],
         "training.learning_rate": rate,
         "training.schedule.constant": 0.5,
+        "training.validate_every": BETWEEN_VALIDATIONS,
         **{f"training.regularisers.{name}": share for name, share in NOISE.items()},
         "training.backend": backend,
         **({"training.precision": "bfloat16"} if backend == "cuda" else {}),
         **OF_CELL[cell],
+        **(CHARACTERS if by_characters else {}),
     }
+    points = list(Plan(units, epochs, list(seed or (0, 1, 2)), dropconnect).points(parts))
+    # What one point sets, all of them have to set.
+    swept = {key: settings.pop(key) for key in [*settings] if any(key in point for point in points)}
     lines = [
         f"preset = {toml(PRESET)}",
         "",
         "[settings]",
         *(f"{key} = {toml(value)}" for key, value in settings.items()),
     ]
-    for point in points(units, larger, epochs, seeds, dropconnect):
+    for point in (swept | point for point in points):
         # What no point may have is refused here, not only by the sweep.
         load_recipe(preset=PRESET, settings=[*settings.items(), *point.items()])
         lines += ["", "[[points]]", *(f"{key} = {toml(value)}" for key, value in point.items())]
@@ -206,6 +305,8 @@ def collect(
     """Append a line for every trained point that has none."""
     records = Records(results, KEY)
     done = trained_points(folder)
+    if saved_sweep(folder).settings.get("training.backend") == "cuda":
+        on_gpu(records)
     with progress() as report:
         for number, (point, line) in enumerate(done):
             report("points", number, len(done), line["folder"])
@@ -223,12 +324,18 @@ def convert(
 ) -> None:
     """Prune each dense and each half-pruned network to N:M masks without training, with AdaPrune and without."""
     records, found = Records(results, KEY), trained_points(folder)
+    if backend == "cuda":
+        on_gpu(records)
     half = {f"pruning.{name}": value for name, value in HALF.items()}
     dense = [point for point, _ in found if point["pruning.method"] is None]
-    # Not the ones that are trained for longer, or with less noise.
-    usual = [(-point["training.epochs"], point[TRAINED[0]]) for point in dense]
+    # Of the smallest network, and not the ones that are trained for longer, or with less noise.
+
+    def rank(point: dict[str, Any]) -> tuple[float, ...]:
+        units = json.loads(str(point["model.hidden"])) if point["model.hidden"] else [0]
+        return -weights(units), -point["training.epochs"], point[TRAINED[0]]
+
     begun = {
-        "dense": lambda point: point in dense and (-point["training.epochs"], point[TRAINED[0]]) == max(usual),
+        "dense": lambda point: point in dense and rank(point) == max(map(rank, dense)),
         "half": lambda point: all(point[key] == value for key, value in half.items()),
     }
     corpus = load_recipe(preset=PRESET, settings=list(saved_sweep(folder).settings.items())).data.corpus()
@@ -261,10 +368,18 @@ def trained_points(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     shared, found = saved_sweep(folder).settings, []
     for line in read_results(folder):
         if line["state"] == "done":
-            point = {key: shared.get(key) for key in SHARED} | {key: line.get(key) for key in AXES}
+            point = {key: line.get(key, shared.get(key)) for key in KEY}
             # A text is known by its name, wherever it lies.
             found.append((point | {"data.text": Path(str(point["data.text"])).name}, line))
     return found
+
+
+def on_gpu(records: Records) -> None:
+    """Lines name the GPU of this machine, where it has one."""
+    from eventrnn.cuda.device import current_device
+
+    with suppress(er.BackendUnavailable):
+        records.device = current_device().name
 
 
 def has_line(records: Records, point: dict[str, Any]) -> bool:

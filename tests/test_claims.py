@@ -20,6 +20,8 @@ def test_the_page_is_what_the_command_writes_from_the_committed_lines(claims):
     assert len({claim.paper for claim in claims.CLAIMS}) == 5
     words = " ".join(claim.command for claim in claims.CLAIMS).replace(",", " ").split()
     assert all((EXPERIMENTS / name).is_file() for name in words if name.endswith(".py"))
+    empty = [claim.text for claim in claims.CLAIMS if not claim.command and not claim.finding().figure]
+    assert not empty, "a claim that nothing measures says why"
 
 
 def test_verdicts_follow_from_the_lines(claims, monkeypatch, tmp_path):
@@ -104,3 +106,50 @@ def test_converted_and_larger_networks_are_no_pruned_ones(claims, monkeypatch):
     assert rules.lasso_helps().holds and "1x16 -0.9%" in rules.lasso_helps().figure
     sizes = rules.smaller_files()
     assert sizes.holds and "8.0 times with float32 values, 16.1 times with bfloat16" in sizes.figure
+
+
+def short(study, model, settings, **valid):
+    """A line of a short training."""
+    settings = {"training.epochs": 9, "training.seed": 0} | settings
+    line = {"what": "training", "study": study, "model": model, "settings": settings, "units": [8, 4], "commit": "a1"}
+    return line | {"valid": {"perplexity": 100.0, "activity": 0.1, "effective": 1e6} | valid}
+
+
+def test_short_trainings_show_a_direction(claims, monkeypatch):
+    rules = claims.activity_claims
+
+    def read(*lines):
+        monkeypatch.setattr(rules, "lines_of", lambda name: list(lines))
+        return rules
+
+    def sizes(*activities):
+        lines = [short("sizes", "egru", {"n": k}, activity=each) for k, each in enumerate(activities)]
+        return [line | {"units": [8 * (k + 1), 4]} for k, line in enumerate(lines)]
+
+    assert read(*sizes(0.2)).larger_is_quieter() is None, "one size shows no direction"
+    assert read(*sizes(0.3, 0.2, 0.1)[::-1]).larger_is_quieter().holds
+    assert read(*sizes(0.3, 0.1, 0.2)).larger_is_quieter().holds is False
+
+    decays = [short("decay", "egru", {"training.weight_decay": k}, activity=0.3 - k) for k in (0.0, 0.1, 0.2)]
+    again = short("decay", "egru", {"training.weight_decay": 0.0, "training.seed": 1}, activity=0.1)
+    assert read(*decays).decay_steers().figure.startswith("activity 30.0% at 0, 20.0% at 0.1, 10.0% at 0.2")
+    assert read(*decays, again).decay_steers().holds, "the mean of both seeds is 0.2"
+    assert read(*decays, again | {"valid": again["valid"] | {"activity": 0.0}}).decay_steers().holds is False
+
+    egru = short("connectivity", "egru", {"pruning.sparsity": 0.9}, effective=1e5)
+    worse, better = (short("connectivity", "lstm", {"k": k}, perplexity=k, effective=5e4) for k in (101.0, 99.0))
+    assert read(egru).lstm_alone() is None
+    assert read(egru, worse).lstm_alone().holds, "a cheaper LSTM that reads worse is no rival"
+    assert read(egru, worse, better).lstm_alone().holds is False
+    assert "LSTM (0% 0.05 M, 101); EGRU (90% 0.10 M, 100)" in read(egru, worse).lstm_alone().figure
+
+
+@pytest.mark.parametrize(("ours", "longer", "holds"), [(99.0, 100.0, True), (99.0, 90.0, None), (101.0, 90.0, False)])
+def test_the_two_cells_are_compared_after_as_many_epochs(claims, monkeypatch, ours, longer, holds):
+    gru = [swept(), swept(perplexity=longer, **{"training.epochs": 60})]
+    lines = [*gru, swept(perplexity=ours, **{"model.cell": "egru"})]
+    monkeypatch.setattr(sys.modules["pruning_claims"], "lines_of", lambda name: lines)
+    found = claims.beats_gru()
+    assert found.holds is holds and found.figure.startswith(
+        f"EGRU {ours:.1f}, GRU 100.0 on the validation text; GRU of 8"
+    )

@@ -438,6 +438,16 @@ def test_a_training_schedule_ends_in_the_first_half_of_the_training(name):
         training_schedule(name, Blocks(0.5, (1, 2)), 1, options)
 
 
+@pytest.mark.parametrize(("since", "until", "fewest"), [(0.2, 0.3, 10), (0.28, 0.29, 101), (0.0, 0.5, 2)])
+def test_a_training_that_is_too_short_for_masks_is_told_how_long_it_must_be(since, until, fewest):
+    """Whatever the shares are in floating point."""
+    options = {"since": since, "until": until}
+    with pytest.raises(ValueError, match=rf"shares {since:g} and {until} of the training; give at least {fewest}$"):
+        training_schedule("magnitude", Blocks(0.5, (1, 2)), 1, options)
+    schedule = training_schedule("magnitude", Blocks(0.5, (1, 2)), fewest, options)
+    assert schedule.start < schedule.end < fewest
+
+
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.schedule])
 def test_masks_change_between_the_shares_of_the_training_that_are_given(name):
     schedule = training_schedule(name, Blocks(0.5, (1, 2)), 100, {"since": 0.3, "until": 0.8, "every": 2})

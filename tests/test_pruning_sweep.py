@@ -33,41 +33,64 @@ def call(script, *arguments):
 
 def small_plan(script, folder, cell, *more):
     (folder / "text.txt").write_text(TEXT)
-    options = ("--text", folder / "text.txt", "--hidden", 64, "--hidden", 32, "--epochs", 40, "--backend", "cpu")
-    call(script, "plan", folder / "sweep.toml", "--cell", cell, "--seeds", 2, *options, *more)
+    options = ("--text", folder / "text.txt", "--epochs", 40, "--backend", "cpu", "--seed", 0, "--seed", 1)
+    call(script, "plan", folder / "sweep.toml", "--cell", cell, *options, *more)
     return load_sweep(folder / "sweep.toml", settings={"data.valid_batch": 2, "training.batch": 2})
 
 
 @pytest.mark.parametrize("cell", ["gru", "egru"])
 def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
-    """Every seed has the dense network, each rule, block and sparsity, larger networks of its size, and masks."""
-    points = check_sweep(small_plan(script, tmp_path, cell), tmp_path / "sweep")
-    rules = len(script.RULES) * (len(script.BLOCKS) + 1)
-    each = 3 + rules * (1 + len(script.OTHERS)) + len(script.BLOCKS) + len(script.MASKS) + 1
-    # Single weights at the first sparsity, and the dense network that is trained for longer, are of one seed.
-    assert len(points) == 2 * each - len(script.RULES) + 1
+    """Each part has its points for every seed, and the larger network is also pruned to the weights of the smaller."""
+    sweep = small_plan(script, tmp_path, cell, "--hidden", 64, "--hidden", 32)
+    points = check_sweep(sweep, tmp_path / "sweep")
+    blocks, rules = len(script.BLOCKS), len(script.RULES)
+    curve = len(script.OTHERS) * (blocks + 1) + 1
+    each = 2 + blocks + len(script.ARMS) + blocks + len(script.MASKS) + 1 + blocks * rules - 1 + 2 + 4 + curve
+    assert len(points) == 2 * each
     recipes = [point.recipe for point in points]
     assert {recipe.model.cell for recipe in recipes} == {cell}
+    assert {recipe.model.hidden for recipe in recipes} == {(64, 32), (32, 32)}
     assert recipes[0].pruning.method == "" and {recipe.training.epochs for recipe in recipes} == {40, 80}
-    first = [recipe for recipe in recipes if recipe.pruning.sparsity == 0.9 and recipe.training.seed == 0]
-    assert recipes.index(first[-1]) < min(k for k, recipe in enumerate(recipes) if recipe.training.seed)
-    wide = [recipe for recipe in recipes if recipe.model.hidden != (64, 32)]
-    assert {recipe.model.hidden for recipe in wide} == {(96, 32)}
-    dense, large = 64 * (64 + 32) + 32 * (32 + 64), 96 * (96 + 32) + 32 * (32 + 96)
-    assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide)
+    dense, large = 2 * 32 * (32 + 32), 64 * (64 + 32) + 32 * (32 + 64)
+    shrunk = [recipe for recipe in recipes if round((1 - recipe.pruning.sparsity) * large) == dense]
+    assert {recipe.model.hidden for recipe in shrunk} == {(64, 32)} and len(shrunk) == 2 * blocks
     assert {recipe.pruning.nm for recipe in recipes} == {"", *script.MASKS}
 
 
-def test_a_single_layer_has_no_larger_network(script):
-    assert {tuple(point["model.hidden"]) for point in script.points([8], 1.5, 2, 1)} == {(8,)}
+def test_a_part_is_a_sweep_of_its_own(script, tmp_path):
+    """Points of one part follow those of the part that was named before it, seed by seed."""
+    sweep = small_plan(script, tmp_path, "gru", "--hidden", 64, "--hidden", 32, "--part", "blocks", "--part", "dense")
+    recipes = [point.recipe for point in check_sweep(sweep, tmp_path / "sweep")]
+    assert [recipe.training.seed for recipe in recipes] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [bool(recipe.pruning.method) for recipe in recipes] == [True] * 4 + [False] * 4
+    # A tenth of the weights has the root of a tenth of the noise.
+    assert [recipe.training.regularisers.dropconnect for recipe in recipes[3:6]] == [0.126, 0.4, 0.25]
+
+
+def test_characters_are_read_by_one_layer_with_a_read_out_of_its_own(script, tmp_path):
+    sweep = small_plan(script, tmp_path, "gru", "--hidden", 32, "--part", "characters")
+    recipes = [point.recipe for point in check_sweep(sweep, tmp_path / "sweep")]
+    assert [recipe.pruning.nm for recipe in recipes] == ["", *script.MASKS[:2], "", "", *script.MASKS[:2]]
+    assert {(recipe.model.hidden, recipe.model.tied, recipe.data.kind) for recipe in recipes} == {
+        ((16,), False, "character")
+    }
+    assert {recipe.pruning.exempt for recipe in recipes if recipe.pruning.method} == {("readout",)}
+
+
+def test_every_part_has_a_name(script):
+    assert all(callable(getattr(script.Plan, part)) for part in script.PARTS)
 
 
 def test_a_plan_overwrites_no_file(script, tmp_path):
-    small_plan(script, tmp_path, "gru")
+    small_plan(script, tmp_path, "gru", "--hidden", 64, "--hidden", 32)
     with pytest.raises(ValueError, match=r"out: .*sweep.toml exists"):
         call(script, "plan", tmp_path / "sweep.toml")
     with pytest.raises(ValueError, match="cell: got 'lstm', need one of egru, gru"):
         call(script, "plan", tmp_path / "other.toml", "--cell", "lstm")
+    with pytest.raises(ValueError, match="part: got 'all', need one of dense, blocks"):
+        call(script, "plan", tmp_path / "other.toml", "--part", "all")
+    with pytest.raises(ValueError, match="part: got dense, characters, but characters are a sweep of their own"):
+        call(script, "plan", tmp_path / "other.toml", "--part", "dense", "--part", "characters")
     with pytest.raises(ValueError, match="backend: got 'tpu'"):
         call(script, "plan", tmp_path / "other.toml", "--backend", "tpu")
     assert not (tmp_path / "other.toml").exists()

@@ -118,7 +118,7 @@ def test_folders_of_sweeps_are_not_mixed_up(tmp_path, text):
         run_sweep(sweep, folder, executor=Inline())
     with pytest.raises(ValueError, match=r"holds another sweep: its grid training.seed is \[0\], not \[1\]"):
         run_sweep(small_sweep(text, grid={"training.seed": [1]}), folder, executor=Inline(), resume=True)
-    with pytest.raises(ValueError, match="holds no sweep"):
+    with pytest.raises(ValueError, match="folder: .* holds no sweep"):
         run_sweep(None, tmp_path, executor=Inline(), resume=True)
     (tmp_path / "other" / "points").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds points, which is of no sweep"):

@@ -51,16 +51,16 @@ def saved_sweep(folder: str | os.PathLike) -> Sweep:
         record = json.loads(path.read_bytes())
         if record["version"] != VERSION:
             raise ValueError(
-                f"resume: the sweep in {printable(folder)} is of version {record['version']}, this is {VERSION}; "
+                f"folder: the sweep in {printable(folder)} is of version {record['version']}, this is {VERSION}; "
                 "use the version of eventrnn that began it"
             )
         study = record["sweep"].pop("study")
         points = tuple(record["sweep"].pop("points"))
         return Sweep(**record["sweep"], points=points, study=None if study is None else Study(**study))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"resume: {printable(folder)} holds no sweep: it has no {SWEEP}") from None
+        raise ValueError(f"folder: {printable(folder)} holds no sweep: it has no {SWEEP}") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"resume: {printable(path)} cannot be read: {error}") from None
+        raise ValueError(f"folder: {printable(path)} cannot be read: {error}") from None
 
 
 def need_same(sweep: Sweep, folder: Path) -> None:

@@ -14,6 +14,7 @@ def script(name, monkeypatch):
         "records",
         "result_lines",
         "claim_lines",
+        "activity_claims",
         "pruning_claims",
         "ptb_figures",
         "ptb_measures",
