@@ -332,7 +332,7 @@ class GatedMatrix:
             units % c == 0 and (owned.span == c or (owned.width and c % owned.width == 0))
         )
         room = PIECES_AHEAD * rows * owned.width * (2 if self.narrow else 4) <= STAGES * stage_bytes
-        return whole and one_block and room
+        return bool(whole and one_block and room)
 
     # --- products ---
 
@@ -364,11 +364,8 @@ class GatedMatrix:
         for field, size in self._choice_bytes(1).items():
             places[field], at = at, at + _rounded(size, 16)
         need_shared(self.weights, at, self.device.shared_bytes)
-        with self.device.on_stream():
-            return GatedTiles(
-                *(self.device, self.weights, dense_values(self.weights), (self.device.put(fields), fields)),
-                *((self.device.put(places), at), LANES * self.warps, self.part_rows),
-            )
+        values = dense_values(self.weights)
+        return GatedTiles(self.device, self.weights, values, fields, (places, at), self.warps, self.part_rows)
 
     def products(
         self,

@@ -96,9 +96,13 @@ class DenseTiles:
 
 
 class GatedTiles:
-    """The product of a matrix of gated blocks with many rows.
+    """The product of a matrix of gated blocks with many rows. Memory for some rows at a time is kept, by their number.
 
-    Memory for some rows at a time is kept, by their number.
+    values : the weights (n_pre, columns) float32, or uint16 bits of bfloat16
+    fields : the table of the matrix (tables.GATED_FIELDS,) int64; its columns that say nothing of strips count
+    places : the table of shared memory of a choice (tables.PLACE_FIELDS,) int64, and its bytes
+    warps  : of a block that chooses
+    part   : inputs of a part of a logit
     """
 
     def __init__(
@@ -106,21 +110,22 @@ class GatedTiles:
         device: Device,
         weights: GatedBlocks,
         values: np.ndarray,
-        matrix: Any,
-        places: tuple[Any, int],
-        threads: int,
+        fields: np.ndarray,
+        places: tuple[np.ndarray, int],
+        warps: int,
         part: int,
     ):
-        """values  : the weights (n_pre, columns) float32, or uint16 bits of bfloat16
-        matrix  : the table of the matrix on the GPU, and its host copy
-        places  : the table of shared memory of a choice on the GPU, and its bytes
-        threads : of a block that chooses
-        part    : inputs of a part of a logit
-        """
-        self.device, self.weights, self.part = device, weights, part
-        self.table, (self.places, self.shared), self.threads = matrix[0], places, threads
-        self.blocks = TiledWeights(device, values, int(matrix[1][tables.BIAS]))
-        self.logits = TiledWeights(device, weights.gate, int(matrix[1][tables.LOGIT_BIAS]))
+        self.device, self.weights, self.threads, self.part, self.shared = (
+            device,
+            weights,
+            LANES * warps,
+            part,
+            places[1],
+        )
+        with device.on_stream():
+            self.table, self.places = device.put(fields), device.put(places[0])
+        self.blocks = TiledWeights(device, values, int(fields[tables.BIAS]))
+        self.logits = TiledWeights(device, weights.gate, int(fields[tables.LOGIT_BIAS]))
         self._scratch: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     @staticmethod
@@ -144,49 +149,53 @@ class GatedTiles:
             )
         return self._scratch[rows, batch]
 
-    def products(self, lists: tuple[int, ...], rows: int, out: Any, status: Any, batch: int, held: tuple[int, ...]):
-        """See `GatedMatrix.products`.
-
-        lists : addresses of begins, counts, events and the lists of the rows
-        """
-        columns, most = self.blocks.columns, max(1, ROWS_AT_A_TIME // batch) * batch
-        arrays, before = self._arrays(min(rows, most), batch), held[:2]
+    def products(
+        self, lists: tuple[int, ...], rows: int, out: Any, status: Any, batch: int, held: tuple[int, int, int, int]
+    ) -> None:
+        """See `GatedMatrix.products`; lists: addresses of begins, counts, events and the lists of the rows."""
+        most, columns = max(1, ROWS_AT_A_TIME // batch) * batch, self.blocks.columns
+        arrays = self._arrays(min(rows, most), batch)
+        gates_at, left_at = arrays[3].data.ptr, arrays[4].data.ptr
+        before_at, left_before_at, held_at, left_after_at = held
+        if before_at:
+            self._carry(before_at, left_before_at, 0, batch, gates_at, left_at)
         for first in range(0, rows, most):
             here = min(most, rows - first)
-            self._some(lists, first, here, out.data.ptr + 4 * first * columns, status, batch, arrays, before)
-            before = (0, 0)
-        if held[0]:
-            self._carry(arrays[3].data.ptr, arrays[4].data.ptr, 0, batch, *held[2:])
+            self._some(lists, first, here, out.data.ptr + 4 * first * columns, status, batch, arrays)
+            if before_at:
+                self._carry(gates_at, left_at, here, batch, gates_at, left_at)
+        if before_at:
+            self._carry(gates_at, left_at, 0, batch, held_at, left_after_at)
 
     def _carry(self, gates_at: int, left_at: int, rows: int, batch: int, to_at: int, left_to_at: int) -> None:
+        """Put the gates that samples hold after some rows, or those before, in another place (`carry_gates`)."""
         kernel = self.device.kernel(("carry_gates",), carry_gates_kernel, CARRY_THREADS)
         sizes = rows, batch, self.weights.gate_period, self.weights.n_blocks
         self.device.launch(kernel, batch, CARRY_THREADS, gates_at, left_at, *sizes, to_at, left_to_at)
 
-    def _some(self, lists, first: int, rows: int, out_at: int, status, batch: int, arrays, before) -> None:
-        """The product of some rows.
-
-        before : the gates and the steps that the samples hold; 0 where these are where the last rows left them
-        """
-        device, weights, period = self.device, self.weights, self.weights.gate_period
-        inputs, maxima, parts, gates, left = arrays
-        gates_at, left_at = gates.data.ptr, left.data.ptr
-        if before[0]:
-            self._carry(*before, 0, batch, gates_at, left_at)
+    def _some(
+        self,
+        lists: tuple[int, ...],
+        first: int,
+        rows: int,
+        out_at: int,
+        status: Any,
+        batch: int,
+        arrays: tuple[Any, ...],
+    ) -> None:
+        """Put the product of the rows from `first` on on the stream; the gates that samples hold are in place."""
+        device, (inputs, maxima, parts, gates, left) = self.device, arrays
         spread_rows(device, lists, first, rows, inputs, maxima, self.threads)
         self.logits.multiply(inputs, rows, parts.data.ptr, self.part)
         kernel = device.kernel(("choose_rows",), choose_rows_kernel, self.threads)
-        device.launch(
-            *(kernel, rows, self.threads, self.table.data.ptr, self.places.data.ptr, parts.data.ptr, len(parts)),
-            *(maxima.data.ptr, gates_at, left_at, rows, batch, status.data.ptr),
-            shared=self.shared,
-        )
+        tables_at = self.table.data.ptr, self.places.data.ptr
+        given = parts.data.ptr, len(parts), maxima.data.ptr, gates.data.ptr, left.data.ptr, rows, batch, status.data.ptr
+        device.launch(kernel, rows, self.threads, *tables_at, *given, shared=self.shared)
         # One block row, or one block column, may have any size.
-        (r, c), (_, block_columns) = weights.block, weights.grid
-        sizes = weights.n_blocks, block_columns, _rounded(r, TILE_INPUTS), _rounded(c, TILE_SIDE)
-        self.blocks.multiply(inputs, rows, out_at, gates=(gates_at, *sizes, left_at, batch, period))
-        if period > 1:
-            self._carry(gates_at, left_at, rows, batch, gates_at, left_at)
+        (r, c), (_, block_columns) = self.weights.block, self.weights.grid
+        sizes = self.weights.n_blocks, block_columns, _rounded(r, TILE_INPUTS), _rounded(c, TILE_SIDE)
+        choices = gates.data.ptr, *sizes, left.data.ptr, batch, self.weights.gate_period
+        self.blocks.multiply(inputs, rows, out_at, gates=choices)
 
 
 def _rounded(size: int, multiple: int) -> int:

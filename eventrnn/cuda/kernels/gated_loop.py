@@ -18,8 +18,6 @@ and after each phase of `tables.PHASES`, as the first thread of a block reads it
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
 from numba import int32, int64, types
 
@@ -36,6 +34,7 @@ from eventrnn.cuda.kernels.gated_choice import (
     is_too_large,
     write_gates,
 )
+from eventrnn.cuda.kernels.gated_inputs import load_row
 from eventrnn.cuda.kernels.gated_kernels import (
     magnitude_bits,
     report,
@@ -43,7 +42,7 @@ from eventrnn.cuda.kernels.gated_kernels import (
     strip_of_factor,
 )
 from eventrnn.cuda.kernels.gated_pieces import make_pieces
-from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
+from eventrnn.cuda.kernels.gated_strips import OwnStrips, Received, strip_of_item, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
     clock,
@@ -65,58 +64,6 @@ from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGE
 
 
 @device_function
-def keep_input(inputs, active, row, left, at, r, padding, value):
-    """Write one of neighbouring units to its padded place; `left` units follow in its block row.
-
-    Returns the block row of the next unit and the units that are left in it.
-    """
-    inputs[int32(at + row * padding)] = value
-    if value != 0:
-        active[row] = int32(1)
-    left = int32(left - 1)
-    if left == 0:
-        row, left = int32(row + 1), r
-    return row, left
-
-
-@device_function
-def load_row(row_at, n, r, padding, inputs, active, maxima, me):
-    """Wait for a row of an event log of n units, and write it to shared memory. Returns whether a word did not come.
-
-    r, padding : rows of a block, and rows of zeros behind them in `inputs`
-    """
-    lane, warp, warps = me
-    at, missing, best = int32(4 * (warp * LANES + lane)), int32(0), int32(0)
-    while at < n:
-        # Before the words are here.
-        row = int32(at // r)
-        left = int32(r - (at - row * r))
-        a, b, c, d, complete = poll_event_log(row_at + int64(4) * at, int32(n - at))
-        if not complete:
-            missing = int32(1)
-        largest = int32(max(magnitude_bits(a), magnitude_bits(b), magnitude_bits(c), magnitude_bits(d)))
-        if left >= 4 and at + 4 <= n:
-            to = int32(at + row * padding)
-            inputs[to], inputs[int32(to + 1)], inputs[int32(to + 2)], inputs[int32(to + 3)] = a, b, c, d
-            if largest != 0:
-                active[row] = int32(1)
-        else:
-            row, left = keep_input(inputs, active, row, left, at, r, padding, a)
-            if at + 1 < n:
-                row, left = keep_input(inputs, active, row, left, int32(at + 1), r, padding, b)
-            if at + 2 < n:
-                row, left = keep_input(inputs, active, row, left, int32(at + 2), r, padding, c)
-            if at + 3 < n:
-                row, left = keep_input(inputs, active, row, left, int32(at + 3), r, padding, d)
-        best = int32(max(best, largest))
-        at = int32(at + 4 * LANES * warps)
-    best = max_of_warp(best)
-    if lane == 0:
-        maxima[warp] = best
-    return missing
-
-
-@device_function
 def sum_of_parts(at, parts):
     """The sum of the parts of a logit in ascending order; they lie a row of a warp apart."""
     pitch, total, k = int64(4 * LANES), load_shared_float(int32(at)), int32(1)
@@ -128,51 +75,6 @@ def sum_of_parts(at, parts):
     while k < parts:
         total, k = total + load_shared_float(int32(at + pitch * k)), int32(k + 1)
     return total
-
-
-class OwnStrips(NamedTuple):
-    """The strips of the recurrent matrix that a block of threads owns."""
-
-    #: int64, address of the values of all strips
-    values_at: Any
-    #: int64, address of the offsets of the own strips in shared memory
-    offsets_at: Any
-    #: int32: columns of a strip, rows that are copied at a time, rows of all block rows, block rows, rows of a block,
-    #: and block columns
-    width: Any
-    stage_rows: Any
-    n_rows: Any
-    block_rows: Any
-    rows_of_block: Any
-    block_columns: Any
-    #: array of int32, block columns of the columns of all own strips, LANES each
-    columns: Any
-    #: int32, the first block rows, which are resident, their int64 address, and int64 bytes of a block row
-    resident: Any
-    resident_at: Any
-    block_bytes: Any
-
-
-@device_function
-def strip_of_item(strips, item, count, lane):
-    """A strip, of which `count` lanes have a column."""
-    own = int32(item * LANES)
-    return StripRows(
-        strips.values_at,
-        shared_int64(strips.offsets_at + int64(8) * (item * strips.block_rows)),
-        strips.width,
-        strips.stage_rows,
-        strips.n_rows,
-        strips.block_rows,
-        strips.rows_of_block,
-        strips.block_columns,
-        strips.columns[own],
-        strips.columns[int32(own + count - 1)],
-        strips.columns[int32(own + lane)],
-        lane < count,
-        strips.resident,
-        strips.resident_at + strips.block_bytes * int32(item * strips.resident),
-    )
 
 
 def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = False):

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import int32
+from numba import int32, int64
 
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.ptx import load_shared_float4, shared_float32, shared_int32
+from eventrnn.cuda.kernels.ptx import load_shared_float4, shared_float32, shared_int32, shared_int64
 from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import LANES
 
@@ -49,6 +49,29 @@ class StripRows(NamedTuple):
     resident_at: Any
 
 
+class OwnStrips(NamedTuple):
+    """The strips of the recurrent matrix that a block of threads owns."""
+
+    #: int64, address of the values of all strips
+    values_at: Any
+    #: int64, address of the offsets of the own strips in shared memory
+    offsets_at: Any
+    #: int32: columns of a strip, rows that are copied at a time, rows of all block rows, block rows, rows of a block,
+    #: and block columns
+    width: Any
+    stage_rows: Any
+    n_rows: Any
+    block_rows: Any
+    rows_of_block: Any
+    block_columns: Any
+    #: array of int32, block columns of the columns of all own strips, LANES each
+    columns: Any
+    #: int32, the first block rows, which are resident, their int64 address, and int64 bytes of a block row
+    resident: Any
+    resident_at: Any
+    block_bytes: Any
+
+
 class Received(NamedTuple):
     """Rows of inputs in shared memory, with what says which blocks they need; the docstring above has the shapes."""
 
@@ -62,6 +85,28 @@ class Received(NamedTuple):
     input_pitch: Any
     active_pitch: Any
     gates_pitch: Any
+
+
+@device_function
+def strip_of_item(strips, item, count, lane):
+    """A strip, of which `count` lanes have a column."""
+    own = int32(item * LANES)
+    return StripRows(
+        strips.values_at,
+        shared_int64(strips.offsets_at + int64(8) * (item * strips.block_rows)),
+        strips.width,
+        strips.stage_rows,
+        strips.n_rows,
+        strips.block_rows,
+        strips.rows_of_block,
+        strips.block_columns,
+        strips.columns[own],
+        strips.columns[int32(own + count - 1)],
+        strips.columns[int32(own + lane)],
+        lane < count,
+        strips.resident,
+        strips.resident_at + strips.block_bytes * int32(item * strips.resident),
+    )
 
 
 @device_function
