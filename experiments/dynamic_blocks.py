@@ -52,6 +52,7 @@ from rich.table import Table
 
 import eventrnn as er
 from eventrnn.bench import interleaved
+from eventrnn.cells import Cell
 from eventrnn.cli.options import parse_block
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.data.text import from_path
@@ -59,7 +60,7 @@ from eventrnn.weights import gate_cost
 
 RESULTS = Path(__file__).parent / "results" / "dynamic_blocks.jsonl"
 FIGURE = Path(__file__).parent / "figures" / "dynamic_blocks.png"
-KEY = ("what", "units", "block", "density", "rank", "period", "asked_activity", "steps")
+KEY = ("what", "cell", "units", "block", "density", "rank", "period", "asked_activity", "steps")
 
 GPU_KEY = ("what", "cell", "units", "block", "density", "rank", "steps")
 
@@ -93,15 +94,25 @@ def at_activity(network: er.Network, asked: float, x: np.ndarray) -> er.Network:
 
 
 def networks(
-    units: int, block: tuple[int, int], density: float, rank: int | None, period: int, asked: float, x: np.ndarray
+    cell: str,
+    units: int,
+    block: tuple[int, int],
+    density: float,
+    rank: int | None,
+    period: int,
+    asked: float,
+    x: np.ndarray,
 ) -> tuple[er.Network, er.Network]:
-    """A dense network, and one with the same weights behind gates, both at the asked activity."""
+    """A dense network, and one with the same weights behind gates, both at the asked activity of an EGRU."""
     rng = np.random.default_rng(1)
-    dense = er.Network.random([units], inputs=units, rng=rng, threshold=0.0)
+    threshold = {"threshold": 0.0} if cell == "egru" else {}
+    dense = er.Network.random([units], inputs=units, rng=rng, cell=Cell(cell), **threshold)
     gates = {"block": block, "density": density, "rank": rank, "gate_rule": "softmax", "gate_period": period}
     gated = dense.with_matrices(
         {name: er.GatedBlocks.from_weights(w, rng=rng, **gates) for name, w in dense.matrices().items()}
     )
+    if cell != "egru":
+        return dense, gated
     return at_activity(dense, asked, x), at_activity(gated, asked, x)
 
 
@@ -117,6 +128,7 @@ def contestants(network: er.Network, x: np.ndarray) -> dict[str, Callable[[], ob
 
 
 def measure_speed(
+    cell: str,
     units: int,
     block: tuple[int, int],
     density: float,
@@ -128,7 +140,7 @@ def measure_speed(
 ) -> dict:
     """The line of one activity: microseconds per step of both networks, and the operations of the gated one."""
     x = np.random.default_rng(0).standard_normal((steps, 1, units), dtype=np.float32)
-    dense, gated = networks(units, block, density, rank, period, asked, x)
+    dense, gated = networks(cell, units, block, density, rank, period, asked, x)
     sides = {"dense": contestants(dense, x), "gated": contestants(gated, x)}
     seconds = interleaved({(side, way): run for side, ways in sides.items() for way, run in ways.items()}, repeats)
     each = {key: 1e6 * float(np.median(times)) / steps for key, times in seconds.items()}
@@ -136,6 +148,7 @@ def measure_speed(
     total, executed = er.count(gated, run).total, er.count(dense, plain).total.executed
     return {
         "what": "speed",
+        "cell": cell,
         "units": units,
         "block": list(block),
         "density": density,
@@ -146,7 +159,9 @@ def measure_speed(
         "repeats": repeats,
         "activity": run.activity[0],
         "dense_activity": plain.activity[0],
-        "gate_cost": gate_cost((units, 3 * units), block=block, density=density, rank=rank, period=period).cost,
+        "gate_cost": gate_cost(
+            (units, Cell(cell).gates * units), block=block, density=density, rank=rank, period=period
+        ).cost,
         "executed_per_step": total.executed / steps,
         "selection_per_step": total.selection / steps,
         "dense_executed_per_step": executed / steps,
@@ -157,6 +172,10 @@ def measure_speed(
 
 @app.command()
 def speed(
+    cell: Annotated[
+        list[str] | None,
+        typer.Option(help="egru, gru or lstm; repeat for more. All units of plain cells are active. [all]"),
+    ] = None,
     units: Annotated[int, typer.Option(help="Units of the layer, and inputs.")] = 1536,
     block: Annotated[str, typer.Option(metavar="RxC", help="Size of a block.")] = "128x128",
     density: Annotated[float, typer.Option(help="Share of the blocks that an input chooses.")] = 0.5,
@@ -169,10 +188,13 @@ def speed(
 ) -> None:
     """Measure every activity, and print the speed-ups."""
     records, console = Records(results, KEY), Console()
-    for asked in activity or (0.5, 0.1):
-        line = records.add(measure_speed(units, parse_block(block), density, rank, period, asked, steps, repeats))
-        ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
-        console.print(f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f}): {ways}")
+    for name in cell or ("gru", "lstm", "egru"):
+        for asked in (activity or (0.5, 0.1)) if name == "egru" else (1.0,):
+            options = parse_block(block), density, rank, period, asked, steps, repeats
+            line = records.add(measure_speed(name, units, *options))
+            ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
+            active = f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f})"
+            console.print(f"{name}, {active}: {ways}", soft_wrap=True)
 
 
 @app.command()

@@ -10,9 +10,11 @@ from eventrnn.bench.gpu_baselines import Seconds, timed
 from eventrnn.cells import Cell
 from eventrnn.cuda import CudaBackend, tables
 from eventrnn.state import State
+from eventrnn.weights import convert
 
-# Steps whose outputs are compared with those of the CPU: enough for weights to stay in shared memory.
-STEPS_CHECKED = 8
+# Steps whose outputs are compared with those of the CPU: enough for weights to stay in shared memory, and for input
+# products in tiles.
+STEPS_CHECKED = 96
 
 # Steps that share a choice in one of the contestants.
 SHARED_STEPS = 4
@@ -92,21 +94,26 @@ def measure(
     rng = np.random.default_rng(1)
     dense = er.Network.random([units], inputs=units, rng=rng, cell=Cell(cell))
 
-    def gated(names, period: int = 1) -> er.Network:
+    def gated(names, period: int = 1, storage: str = "float32") -> er.Network:
         options = {"block": block, "density": density, "rank": rank, "gate_rule": "softmax", "gate_period": period}
         matrices = {name: w for name, w in dense.matrices().items() if name.role in names}
         return dense.with_matrices(
-            {name: er.GatedBlocks.from_weights(w, rng=rng, **options) for name, w in matrices.items()}
+            {
+                name: er.GatedBlocks.from_weights(convert(w, "dense", storage=storage), rng=rng, **options)
+                for name, w in matrices.items()
+            }
         )
 
     both, shared = gated(("w_in", "w_rec")), gated(("w_in", "w_rec"), SHARED_STEPS)
+    narrow = gated(("w_in", "w_rec"), storage="bfloat16")
     # The same numbers as on the CPU, before anything is timed.
-    for network in (both, shared, dense):
+    for network in (both, shared, narrow, dense):
         need_equal(network, x[:STEPS_CHECKED])
     runs: dict[str, Seconds] = {
         "gated": ours(both, x),
         "gated, recurrent only": ours(gated(("w_rec",)), x),
         f"gated, choices of {SHARED_STEPS} steps": ours(shared, x),
+        "gated, bfloat16": ours(narrow, x),
         "dense": ours(dense, x),
     }
     runs |= cudnn(cell, x)

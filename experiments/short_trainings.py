@@ -138,11 +138,8 @@ def collect(
             if any(all(old.get(key) == own[key] for key in own) for old in records.lines):
                 continue
             network = er.load(folder / line["folder"] / MODEL)
-            figures = {
-                "model": network.layers[0].cell.name,
-                "seconds": line["seconds"],
-                "valid": quality(network, corpus.valid, backend=backend),
-            }
+            valid = quality(network, corpus.valid, backend=backend)
+            figures = {"model": network.layers[0].cell.name, "valid": valid}
             events = network.layers[0].cell.thresholded
             counts = {"backward": backward_counts(network, corpus.valid)} if events else {}
             records.add(own | sizes(network) | figures | counts)

@@ -136,12 +136,40 @@ def test_short_trainings_show_a_direction(claims, monkeypatch):
     assert read(*decays, again).decay_steers().holds, "the mean of both seeds is 0.2"
     assert read(*decays, again | {"valid": again["valid"] | {"activity": 0.0}}).decay_steers().holds is False
 
+    learnt_less = sizes(0.3, 0.2)
+    learnt_less[1]["valid"] = learnt_less[1]["valid"] | {"perplexity": 200.0}
+    assert read(*learnt_less).larger_is_quieter().holds is None, "a network that has not learnt shows nothing"
+
     egru = short("connectivity", "egru", {"pruning.sparsity": 0.9}, effective=1e5)
-    worse, better = (short("connectivity", "lstm", {"k": k}, perplexity=k, effective=5e4) for k in (101.0, 99.0))
-    assert read(egru).lstm_alone() is None
-    assert read(egru, worse).lstm_alone().holds, "a cheaper LSTM that reads worse is no rival"
-    assert read(egru, worse, better).lstm_alone().holds is False
-    assert "LSTM (0% 0.05 M, 101); EGRU (90% 0.10 M, 100)" in read(egru, worse).lstm_alone().figure
+    dense = short("connectivity", "lstm", {"k": 0}, perplexity=90.0, effective=1e6)
+    for products, ratio, holds in ((1e5, "3.2", True), (1.1e4, "1.0", False)):
+        pruned = short("connectivity", "lstm", {"pruning.sparsity": 0.8}, perplexity=110.0, effective=products)
+        found = read(egru, dense, pruned).lstm_alone()
+        assert found.holds is holds and found.figure.startswith(f"LSTM {ratio} times the products of an EGRU"), (
+            "at perplexity 100 an LSTM needs the geometric mean of both"
+        )
+    assert read(egru, dense).lstm_alone() is None, "one LSTM has no curve"
+    assert read(dense, pruned).lstm_alone() is None
+
+
+def test_sparse_tensor_cores_count_at_their_best_batch(claims, monkeypatch):
+    def found(*gains):
+        lines = [
+            {
+                "inputs": 8,
+                "outputs": 4,
+                "batch": 16 * (k + 1),
+                "speedup": {"sparse": 0.1, "searched": each},
+                "commit": "a1",
+            }
+            for k, each in enumerate(gains)
+        ]
+        monkeypatch.setattr(claims.activity_claims, "lines_of", lambda name: lines)
+        return claims.activity_claims.sparse_tensor_cores()
+
+    assert found() is None
+    assert found(0.5, 2.1, 1.9).holds and found(0.5, 1.9).holds is False
+    assert "8x4 0.50 at batch 16, at most 1.90, at batch 32" in found(0.5, 1.9).figure
 
 
 @pytest.mark.parametrize(("ours", "longer", "holds"), [(99.0, 100.0, True), (99.0, 90.0, None), (101.0, 90.0, False)])

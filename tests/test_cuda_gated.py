@@ -161,13 +161,13 @@ EMULATED = [
             "gated": ("w_rec",),
             "steps": 3,
         }
-        | {"shared_bytes": 180_000, "stage_bytes": 4096, "resident": 2},
+        | {"shared_bytes": 104_000, "stage_bytes": 4096, "resident": 2, "warps": 4, "multiprocessors": 6},
     ),
     # Choices that two steps share, in every matrix.
     (Cell("gru"), {"gate_period": 2, "steps": 3, "batch": 2}),
     # Dense weights of one sample.
     (Cell("lstm"), {"units": (70,), "batch": 1, "gated": (), "readout": None, "stage_bytes": 8192}),
-    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3, "shared_bytes": 22_900, "resident": 1}),
+    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3, "shared_bytes": 23_100, "resident": 1}),
 ]
 
 
@@ -179,12 +179,16 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     def places(*given):
         made = place(*given)
         resident.append(made[0][tables.RESIDENT_ROWS])
+        in_pieces.append(bool(made[0][tables.IN_PIECES]))
         return made
 
-    place, resident, options = gated_layer.GatedMatrix.places, [], dict(options)
+    place, resident, in_pieces, options = gated_layer.GatedMatrix.places, [], [], dict(options)
     kept = options.pop("resident", None)
     monkeypatch.setattr(gated_layer.GatedMatrix, "places", places)
-    monkeypatch.setattr(type(emulated), "shared_bytes", options.pop("shared_bytes", emulated.shared_bytes))
+    for name in ("shared_bytes", "multiprocessors"):
+        monkeypatch.setattr(type(emulated), name, options.pop(name, getattr(emulated, name)))
+    warps = options.pop("warps", emulated_gpu.WARPS)
+    monkeypatch.setattr(gated_layer.GatedMatrix, "warps", warps)
     if (stage_bytes := options.pop("stage_bytes", None)) is not None:
         for module in (gated_layer, gated_loop):
             monkeypatch.setattr(module, "LAYER_STAGE_BYTES", stage_bytes)
@@ -198,9 +202,41 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     assert_same(expected, got)
     # In some cases some block rows stay in shared memory, and others are copied in every step.
     gated = isinstance(network.layers[0].w_rec, GatedBlocks)
+    assert any(in_pieces) == (warps > emulated_gpu.WARPS)
     assert max(resident) == (kept or (network.layers[0].w_rec.grid[0] if gated else 2))
     layout = "gated" if gated else "dense strips"
     assert got.paths["layers.0.w_rec"] == f"{layout} {options.get('storage', 'float32')} in L2"
+
+
+@pytest.mark.parametrize(
+    "options", [{"gate_period": 2, "steps": 4}, {"storage": "bfloat16", "gate_rule": "softmax", "steps": 3}]
+)
+def test_emulated_tiles_of_many_rows_have_the_bits_of_the_specification(monkeypatch, emulated, options):
+    from eventrnn.cuda import gated_matrix, row_tiles
+
+    monkeypatch.setattr(gated_matrix, "MIN_TILED_ROWS", 4)
+    monkeypatch.setattr(row_tiles, "ROWS_AT_A_TIME", 6)
+    sizes = {"units": (22,), "inputs": 28, "readout": None, "block": (16, 64), "density": 0.5, "gated": ("w_in",)}
+    network, x = case(Cell("gru"), **(sizes | options))
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    simulator = Simulator(network, batch=2, backend="cuda")
+    first = simulator.run(x[:1]).output
+    assert "tile_product" not in emulated.launched
+    assert same_bits(expected.output, np.concatenate([first, simulator.run(x[1:]).output]))
+    assert_same_state(expected.state, simulator.state)
+    assert "tile_product" in emulated.launched
+
+
+def test_emulated_tiles_of_dense_weights_have_the_bits_of_the_specification(monkeypatch, emulated):
+    from eventrnn.cuda import row_tiles, run
+
+    monkeypatch.setattr(run, "MIN_TILED_ROWS", 4)
+    monkeypatch.setattr(row_tiles, "ROWS_AT_A_TIME", 6)
+    network, x = case(Cell("gru"), units=(21,), readout=None, gated=("w_rec",), steps=5)
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    got = simulate(network, x, backend="cuda", record=RECORDABLE)
+    assert_same(expected, got)
+    assert emulated.launched.count("tile_product") == 2 and got.paths["layers.0.w_in"] == "tiles float32 in L2"
 
 
 def test_emulated_runs_and_steps_go_on_with_the_choice_that_steps_share(emulated):
@@ -224,7 +260,7 @@ def test_the_choice_of_an_emulated_block_of_threads_is_that_of_the_specification
         me = thread & 31, thread >> 5, np.int32(cuda.blockDim.x >> 5)
         # Gates, keys, words, maxima and ratios, of up to 256 blocks each.
         gates, keys = shared_float32(base), shared_int32(base + 1024)
-        words, maxima = shared_int32(base + 2048), shared_int32(base + 4352)
+        words, maxima = base + 2048, shared_int32(base + 4352)
         for k in range(thread, n, cuda.blockDim.x):
             gates[k] = global_float32(logits_at)[k]
         maxima[thread & 31] = np.int32(0)

@@ -16,11 +16,11 @@ from eventrnn.cpu import memory, packing, plan
 from eventrnn.cpu.kernels.tile_products import SMALL_PANEL_ROWS
 from eventrnn.cpu.tables import (
     BLOCKS,
+    FEW_BLOCKS,
     HIGH,
     INDEX,
     KIND,
     LOW,
-    MANY_BLOCKS,
     POINTERS,
     SCATTER,
     SMALL_PANEL_BITS,
@@ -40,7 +40,8 @@ CONSTANTS = st.fixed_dictionaries(
         "MASKED_FROM": st.sampled_from((0, 0.2, 2)),
         "FILL": st.sampled_from((-NEVER, NEVER)),
         "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),
-        "MANY_SEGMENTS": st.sampled_from((0, 2, NEVER)),
+        "FEW_SEGMENTS": st.sampled_from((0, 2, NEVER)),
+        "PREFETCHED_BYTES": st.sampled_from((0, NEVER)),
         "LARGE_PAGE": st.sampled_from((1 << 12, 1 << 21)),
         "BLOCK_TILE_BYTES": st.sampled_from((1 << 8, 1 << 20)),
         "AVX512": st.booleans(),
@@ -187,7 +188,7 @@ def test_block_padding_stays_within_the_columns_of_a_thread(units, threads, widt
     columns = packed.pools.index.view(np.uint16)
     for part, end in enumerate(ends):
         for inputs, window in zip((3, units), packed.column_tiles[part], strict=True):
-            if window[KIND] in (BLOCKS, MANY_BLOCKS):
+            if window[KIND] in (BLOCKS, FEW_BLOCKS):
                 pointers = packed.pools.pointers[window[POINTERS] :][: 3 * inputs]
                 targets = packed.pools.index[window[INDEX] :][: int(pointers[1::3].max())] + window[WIDTH]
             elif window[KIND] == SCATTER:

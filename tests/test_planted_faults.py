@@ -350,7 +350,9 @@ TRAVERSALS = {
     "scale of another unit, single weights": ("indices", network(fmt="csr", storage="int8")),
     "scale of another unit, masked weights": ("masks", network(fmt="csr", share=0.5, storage="int8")),
     "scale of another unit, blocks": ("blocks", network(fmt="block", block=(2, 4), storage="int8")),
-    "scale of another unit, many blocks": ("many blocks", network(fmt="block", block=(2, 4), storage="int8")),
+    "last event of blocks": ("blocks", network(fmt="block", block=(2, 4))),
+    "scale of another unit, few blocks": ("few blocks", network(fmt="block", block=(2, 4), storage="int8")),
+    "rest of a list dropped": ("few blocks", network(fmt="block", block=(2, 4))),
     "scale of another unit, panels": ("panels", network(storage="int8")),
     "scale of another unit, panels of single weights": ("single tiles", network(fmt="csr", storage="int8")),
     "rest of a panel dropped": ("single tiles", network(fmt="csr", share=0.5)),
@@ -358,7 +360,6 @@ TRAVERSALS = {
     "last event of a panel of single weights": ("single tiles", network(fmt="csr")),
     "unit skipped": ("every unit", network()),
     "order of two units": ("panels", network()),
-    "rest of a list dropped": ("blocks", network(fmt="block", block=(2, 4))),
 }
 #: faults of blocks that every input chooses
 GATES = ("a chosen block too few", "gate forgotten")

@@ -25,11 +25,11 @@ from eventrnn.cpu.tables import (
     BLOCKS,
     DENSE_FROM,
     END,
+    FEW_BLOCKS,
     IN,
     INDEX,
     ITEMSIZE,
     KIND,
-    MANY_BLOCKS,
     MASKED,
     PITCH,
     POINTERS,
@@ -119,7 +119,7 @@ def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
     kind, size, p0 = window[KIND], ITEMSIZE[window[STORAGE]], window[POINTERS]
     if kind in (ROWS, ROW_TILES, BLAS):
         return np.full(units, window[WIDTH] * size)
-    if kind in (BLOCKS, MANY_BLOCKS):
+    if kind in (BLOCKS, FEW_BLOCKS):
         first, last, _ = plan.pools.pointers[p0 : p0 + 3 * units].reshape(units, 3).T
         return (last - first) * (window[WIDTH] * size + 4)
     if kind == SINGLE_TILES:

@@ -18,7 +18,7 @@ lie.
                                                                 dense panel
     BLOCKS         block segments of `WIDTH` columns, by unit   columns, shared by the      per unit: first and last
                                                                 units of a block row        index, first segment
-    MANY_BLOCKS    as BLOCKS, for many narrow segments per unit
+    FEW_BLOCKS     as BLOCKS, for few narrow segments per unit
     GATED          pieces of blocks, one after the other    -                           the header of `tables.py`,
                                                                                         then the pieces
 
@@ -43,6 +43,7 @@ from eventrnn.cpu.tables import (
     BFLOAT16,
     BLAS,
     BLOCKS,
+    FEW_BLOCKS,
     FIELDS,
     FLOAT32,
     GATED,
@@ -50,7 +51,6 @@ from eventrnn.cpu.tables import (
     GATED_PIECE,
     IN_PLACE,
     INT8,
-    MANY_BLOCKS,
     MASKED,
     ROW_TILE,
     ROW_TILES,
@@ -68,10 +68,16 @@ DENSE_ACTIVITY_THRESHOLD = 0.5
 # The number of columns that a 16-bit index of single weights can address.
 WIDEST_SCATTER = 1 << 16
 
-# Block segments of up to NARROW_SEGMENT columns are added unit by unit instead of from a list if there are
-# MANY_SEGMENTS or more per unit. Measured at 1350 units and 90 % pruned: 1x4 blocks 13.8 us against 18.0 us, 1x8 blocks
-# 9.5 us against 10.5 us; with ten segments per unit the list takes two thirds of the time.
-NARROW_SEGMENT, MANY_SEGMENTS = 16, 32
+# Block segments of up to NARROW_SEGMENT columns are listed, and added from the list, if there are fewer than
+# FEW_SEGMENTS per unit; others are added unit by unit. Measured at 512 units in 1x16 blocks, from the list and unit by
+# unit: 5 segments per unit 0.80 us and 0.97 us, 10 of them 1.33 us and 1.23 us.
+NARROW_SEGMENT, FEW_SEGMENTS = 16, 8
+
+# Bytes of the block segments of a column tile from which events prefetch the weights of the next one: what may not stay
+# in an L2 cache of 512 KB. Measured at 1350 units and 90 % pruned, with and without: 2.2 MB of 4x8 blocks 14.3 us
+# against 15.8 us, and 0.55 MB of 1x32 blocks in int8 6.6 us against 8.0 us; 256 units, 79 KB of 1x64 blocks, 0.37 us
+# against 0.33 us.
+PREFETCHED_BYTES = 1 << 19
 
 # Bytes of block-sparse weights in a column tile that many drive rows share: with the drives of these columns they stay
 # in an L2 cache of 1 MB.
@@ -170,7 +176,7 @@ def pack(
 
     segments   : columns to pack, ascending, side by side in a drive row
     dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES, BLAS or, for float32, IN_PLACE. With ROW_TILES
-                 single weights get SINGLE_TILES, and block segments get several tiles of kind BLOCKS or MANY_BLOCKS
+                 single weights get SINGLE_TILES, and block segments get several tiles of kind BLOCKS or FEW_BLOCKS
     dense_activity_threshold : activity from which ROW_TILES visit every unit
     held       : of gated blocks, the fields from PERIOD on (`HeldLayout.header`)
     """
@@ -391,7 +397,7 @@ def _pack_single_tiles(
 
 
 def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:
-    """Block segments of some neighbouring columns, as one column tile of kind BLOCKS or MANY_BLOCKS."""
+    """Block segments of some neighbouring columns, as one column tile of kind BLOCKS or FEW_BLOCKS."""
     first = _pointers(entries.unit, weights.shape[0])
     # The units of a block row share their columns, so the index of the first unit serves all.
     leaders = entries.unit % entries.rows == 0
@@ -402,9 +408,10 @@ def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segme
     index_at = pools.add_index(entries.column[leaders].astype(np.int32))
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
     at = pools.add_pointers(pointers)
-    many = entries.width <= NARROW_SEGMENT and len(unit) * MANY_SEGMENTS <= len(entries.unit)
-    kind = MANY_BLOCKS if many else BLOCKS
-    return [[kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, 0, scales, 0, 0]]
+    far = int(entries.values.nbytes >= PREFETCHED_BYTES)
+    few = entries.width <= NARROW_SEGMENT and len(entries.unit) < FEW_SEGMENTS * len(unit)
+    kind = FEW_BLOCKS if few else BLOCKS
+    return [[kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, far, scales, 0, 0]]
 
 
 def _column_groups(weights: BlockCSR, segments: list[Segment]) -> list[list[Segment]]:

@@ -24,7 +24,8 @@ import numpy as np
 #   INDEX       offset in `WeightPools.index`, in int32
 #   POINTERS    offset in `WeightPools.pointers`; IN_PLACE: address of the network's own array
 #   WIDTH       columns per row, or per block segment
-#   PITCH       weights from one row to the next; MASKED: mask words per unit; SINGLE_TILES: columns of a panel
+#   PITCH       weights from one row to the next; MASKED: mask words per unit; SINGLE_TILES: columns of a panel;
+#               BLOCKS: 1 where each event prefetches weights of the next one, else 0
 #   SCALES      offset of the scales of int8 weights in `WeightPools.values`
 #   DENSE_FROM  ROW_TILES: active units per drive row from which the product visits every unit
 #   KERNEL      address of the kernel for the kind and the storage (`kernels/products.py`); 0 without columns
@@ -33,7 +34,7 @@ KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_F
 FIELDS = 12
 
 #: kinds of column tiles; `packing.py` describes their layouts
-ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, MANY_BLOCKS, BLAS, GATED, IN_PLACE = range(10)
+ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, FEW_BLOCKS, BLAS, GATED, IN_PLACE = range(10)
 
 # Columns of a tile of kind ROW_TILES or SINGLE_TILES: 64 drive rows of such a tile fit the L1 cache beside the weights
 # that pass through.

@@ -23,7 +23,8 @@ A launch follows one of four plans:
   Logits travel through a log like events, and every block chooses for itself. Weights are read from L2.
 
 Two kinds of work need no plan. Products without a recurrence (input drives of the first layer, read-out) are computed
-for all steps at once (`kernels/batched_products.py`). With exact=False, layers of many streams can use tensor cores
+for all steps at once (`kernels/batched_products.py`, and `kernels/row_tiles.py` where most inputs are active). With
+exact=False, layers of many streams can use tensor cores
 (`tensor_core_layer.py`, `kernels/tensor_core_cells.py`).
 
 Modules, from the GPU upwards:
@@ -33,6 +34,7 @@ transfer, cublas  : large copies to and from the host; dense products
 nccl              : copies between the GPUs of several processes
 tables            : constants and table columns that kernels and their callers share
 packing, matrix   : weights as strips; one matrix on the GPU and its products
+row_tiles         : products of many rows with dense and gated weights
 plan, cluster_plan: which block owns which tiles and samples, and what lies in shared memory
 run_buffers       : memory of a run, kept between runs; graphs
 inputs            : inputs and states on the GPU

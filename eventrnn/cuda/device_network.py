@@ -88,16 +88,26 @@ class DeviceNetwork:
                 self.w_in.append(LookUpTable(device, layer.w_in, layer.bias_in))
             else:
                 name = MatrixId.of(k, "w_in")
-                self.w_in.append(self._matrix(name, layer.w_in, layer.bias_in, layer.cell.gates, width))
+                self.w_in.append(
+                    self._matrix(name, layer.w_in, layer.bias_in, layer.cell.gates, width, tiled=self._is_full(k))
+                )
             self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
         if network.readout is not None:
             name = MatrixId("readout")
             self.readout = self._matrix(name, network.readout.weights, network.readout.bias, 1, LANES)
 
-    def _matrix(self, name: MatrixId, weights: Weights, bias, gates: int, width: int) -> Matrix | GatedMatrix:
+    def _matrix(
+        self, name: MatrixId, weights: Weights, bias, gates: int, width: int, *, tiled: bool = False
+    ) -> Matrix | GatedMatrix:
         if isinstance(weights, GatedBlocks):
             return GatedMatrix(self.device, weights, bias, gates, self.names.index(name))
-        return Matrix(self.device, weights, bias, gates, width)
+        return Matrix(self.device, weights, bias, gates, width, tiled=tiled)
+
+    def _is_full(self, k: int) -> bool:
+        """Whether most inputs of a layer are taken to be active: those of plain cells that do not read symbols."""
+        if k:
+            return not self.network.layers[k - 1].cell.thresholded
+        return self.network.symbols is None and not self.network.layers[0].cell.thresholded
 
     def drives_first(self, k: int, batch: int) -> bool:
         """Whether the input drives of layer k are computed for all steps before the layer is launched."""

@@ -89,7 +89,7 @@ class GatedLayer:
             strips = RowStrips.of_blocks(weights, gates, width, span)
             self._strips[width, span, logit_width] = self.w_rec.table(strips, logit_width, LAYER_STAGE_BYTES)
         matrix, (logits, inner) = self._strips[width, span, logit_width]
-        owned = Owned(tiles, gates, width, -(-logits // spread), logit_width)
+        owned = Owned(tiles, gates, width, span, -(-logits // spread), logit_width)
         offsets = tiles * gates * weights.grid[0] + owned.logits + inner
         groups = max(1, device.multiprocessors // spread)
         for samples in range(min(MAX_SAMPLES, -(-batch // groups)), 0, -1):

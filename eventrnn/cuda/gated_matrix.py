@@ -11,11 +11,14 @@ import numpy as np
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.kernels.gated_kernels import gated_rows_kernel
+from eventrnn.cuda.kernels.gated_pieces import PIECES_AHEAD, TURN
 from eventrnn.cuda.packing import in_strips
+from eventrnn.cuda.row_tiles import MIN_TILED_ROWS, GatedTiles
 from eventrnn.cuda.tables import (
     CHOICE_WORDS,
     LANES,
     MAX_SAMPLES,
+    PIECE,
     RATIO_PAD,
     ROW_GROUP,
     ROWS_STAGE_BYTES,
@@ -87,9 +90,7 @@ class RowStrips:
         def strips(matrix: np.ndarray) -> np.ndarray:
             return in_strips(_spread(matrix, span, width), gates, width)
 
-        values, (r, c) = weights.blocks.to_dense(), weights.block
-        if weights.storage == "bfloat16":
-            values = (values.view(np.uint32) >> 16).astype(np.uint16)
+        values, (r, c) = dense_values(weights), weights.block
         block_rows, block_columns = weights.grid
         stored = np.zeros((block_rows, block_columns), bool)
         stored[np.repeat(np.arange(block_rows), np.diff(weights.indptr)), weights.indices] = True
@@ -108,12 +109,14 @@ class Owned:
     Attributes
     ----------
     tiles, gates, width : its tiles of units, strips per tile, and units per tile
+    span                : see `RowStrips`
     logits, logit_width : its strips of logits, and logits per strip
     """
 
     tiles: int
     gates: int
     width: int
+    span: int
     logits: int
     logit_width: int
 
@@ -185,6 +188,28 @@ class GatedMatrix:
             self._kept.append(self.device.put(array))
         return self._kept[-1].data.ptr
 
+    def _sizes(self) -> dict[int, int]:
+        """The columns of a table of the matrix that say nothing of strips: sizes, options, and addresses of biases."""
+        weights = self.weights
+        return {
+            tables.N_PRE: weights.shape[0],
+            tables.N_POST: weights.shape[1],
+            tables.GRID_ROWS: weights.grid[0],
+            tables.GRID_COLUMNS: weights.grid[1],
+            tables.ROWS_OF_BLOCK: weights.block[0],
+            tables.COLUMNS_OF_BLOCK: weights.block[1],
+            tables.PADDED_ROWS: _rounded(weights.block[0], ROW_GROUP),
+            tables.ALL_BLOCKS: weights.n_blocks,
+            tables.KEPT_BLOCKS: weights.kept_blocks,
+            tables.SOFTMAX: weights.gate_rule == "softmax",
+            tables.PERIOD: weights.gate_period if self.chooses else 0,
+            tables.BIAS: self._put(self.host_bias),
+            tables.RANK: self.rank,
+            tables.LOGIT_BIAS: self._put(weights.gate_bias),
+            tables.PART_ROWS: self.part_rows,
+            tables.NUMBER: self.number,
+        }
+
     def table(self, strips: RowStrips, logit_width: int, stage_bytes: int) -> tuple[Any, tuple[int, int]]:
         """The table of the matrix on the GPU, and the numbers of strips of its logits and of its inner factor.
 
@@ -208,26 +233,7 @@ class GatedMatrix:
         place(tables.LOGIT_VALUES, logits)
         if inner is not None:
             place(tables.INNER_VALUES, inner)
-        rest = {
-            tables.N_PRE: weights.shape[0],
-            tables.N_POST: weights.shape[1],
-            tables.GRID_ROWS: weights.grid[0],
-            tables.GRID_COLUMNS: weights.grid[1],
-            tables.ROWS_OF_BLOCK: weights.block[0],
-            tables.COLUMNS_OF_BLOCK: weights.block[1],
-            tables.PADDED_ROWS: _rounded(weights.block[0], ROW_GROUP),
-            tables.PADDED_PRE: len(gate),
-            tables.ALL_BLOCKS: weights.n_blocks,
-            tables.KEPT_BLOCKS: weights.kept_blocks,
-            tables.SOFTMAX: weights.gate_rule == "softmax",
-            tables.PERIOD: weights.gate_period if self.chooses else 0,
-            tables.BLOCK_SPAN: strips.span,
-            tables.BIAS: self._put(self.host_bias),
-            tables.RANK: self.rank,
-            tables.LOGIT_BIAS: self._put(weights.gate_bias),
-            tables.PART_ROWS: self.part_rows,
-            tables.NUMBER: self.number,
-        }
+        rest = self._sizes() | {tables.PADDED_PRE: len(gate), tables.BLOCK_SPAN: strips.span}
         for field, value in rest.items():
             fields[field] = value
         with self.device.on_stream():
@@ -239,6 +245,17 @@ class GatedMatrix:
         """Warps of a block of the kernels: one thread per four inputs, and few blocks of weights per thread."""
         threads = max(self.weights.shape[0] // 4, self.weights.n_blocks // LOGITS_PER_THREAD)
         return next((warps for warps in WARPS if LANES * warps >= threads), WARPS[-1])
+
+    def _choice_bytes(self, samples: int) -> dict[int, int]:
+        """The bytes of what a choice needs in shared memory, by column of the table of places."""
+        blocks = self.weights.n_blocks
+        return {
+            tables.AT_GATES: 4 * samples * _rounded(blocks, 4),
+            tables.AT_KEYS: 4 * blocks,
+            tables.AT_RATIOS: 4 * (self.weights.kept_blocks + RATIO_PAD),
+            tables.AT_WORDS: 4 * (CHOICE_WORDS + 2 * LANES * self.warps),
+            tables.AT_MAXIMA: 4 * LANES * samples,
+        }
 
     def places(
         self, samples: int, offsets: int, items: int, stage_bytes: int, owned: Owned | None = None
@@ -252,7 +269,7 @@ class GatedMatrix:
         owned   : what a block owns of a layer; None for independent rows. Weights of its logits, and then the first
                   block rows of its strips, are resident, as many as have room
         """
-        owned = Owned(0, 0, 0, 0, 0) if owned is None else owned
+        owned = Owned(0, 0, 0, 0, 0, 0) if owned is None else owned
         own_strips = owned.tiles * owned.gates
         blocks, (r, _) = self.weights.n_blocks, self.weights.block
         pitches = {
@@ -266,11 +283,7 @@ class GatedMatrix:
             tables.AT_INPUTS: 4 * samples * pitches[tables.INPUT_PITCH_OF],
             tables.AT_ACTIVE: 4 * samples * pitches[tables.ACTIVE_PITCH],
             tables.AT_INNER: 4 * samples * pitches[tables.INNER_PITCH],
-            tables.AT_GATES: 4 * samples * pitches[tables.GATES_PITCH],
-            tables.AT_KEYS: 4 * blocks,
-            tables.AT_RATIOS: 4 * (self.weights.kept_blocks + RATIO_PAD),
-            tables.AT_WORDS: 4 * CHOICE_WORDS,
-            tables.AT_MAXIMA: 4 * LANES * samples,
+            **self._choice_bytes(samples),
             tables.AT_DRIVES_IN: 4 * LANES * samples * own_strips,
             tables.AT_DRIVES_REC: 4 * LANES * samples * own_strips,
             tables.AT_STATE: 4 * LANES * samples * owned.tiles,
@@ -279,7 +292,6 @@ class GatedMatrix:
             tables.AT_TILES: 8 * owned.tiles,
             tables.AT_STARTS: 8 * LANES * own_strips,
             tables.AT_LOGIT_STARTS: 4 * LANES * owned.logits,
-            tables.AT_PARTS: 4 * LANES * owned.logits * parts,
             tables.AT_HELD: 8 * samples,
         }
         table, at = np.zeros(tables.PLACE_FIELDS, np.int64), 0
@@ -294,15 +306,33 @@ class GatedMatrix:
         workers = max(1, min(room, self.warps, items))
         room = max(0, self.device.shared_bytes - at - beyond - workers * ring_bytes)
         logit_bytes = 0 if self.rank else 4 * owned.logits * owned.logit_width * pitches[tables.INPUT_PITCH_OF]
-        table[tables.AT_LOGITS], table[tables.LOGITS_RESIDENT] = at, 0 < logit_bytes <= room
-        if logit_bytes <= room:
-            at, room = at + logit_bytes, room - logit_bytes
+        # Threads compute parts of resident logits for one row of inputs only.
+        part_bytes = 4 * LANES * owned.logits * parts if logit_bytes and samples == 1 else 0
+        table[tables.AT_PARTS], table[tables.AT_LOGITS] = at, at + part_bytes
+        table[tables.LOGITS_RESIDENT] = 0 < logit_bytes and logit_bytes + part_bytes <= room
+        if table[tables.LOGITS_RESIDENT]:
+            at, room = at + part_bytes + logit_bytes, room - part_bytes - logit_bytes
         block_bytes = own_strips * owned.width * _rounded(r, ROW_GROUP) * (2 if self.narrow else 4)
         resident = min(self.weights.grid[0], room // block_bytes) if block_bytes else 0
         table[tables.AT_RESIDENT], table[tables.RESIDENT_ROWS] = at, resident
         at += resident * block_bytes
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
+        pieces = samples == 1 and self.has_pieces(owned, stage_bytes)
+        table[tables.IN_PIECES] = pieces and own_strips <= workers < self.warps
         return table, at + workers * ring_bytes + beyond
+
+    def has_pieces(self, owned: Owned, stage_bytes: int) -> bool:
+        """Whether strips of one block column have whole pieces of blocks, of which a ring has room for some."""
+        (r, c), (block_rows, block_columns), n_pre = self.weights.block, self.weights.grid, self.weights.shape[0]
+        rows, units = min(r, PIECE), self.weights.shape[1] // self.gates
+        # Each lane lists the pieces of a block row.
+        whole = rows % TURN == 0 and r % rows == 0 and n_pre % r == 0 and block_rows * (r // rows) < LANES
+        # Strips begin at multiples of their width, counted from the first unit of each span.
+        one_block = block_columns == 1 or (
+            units % c == 0 and (owned.span == c or (owned.width and c % owned.width == 0))
+        )
+        room = PIECES_AHEAD * rows * owned.width * (2 if self.narrow else 4) <= STAGES * stage_bytes
+        return bool(whole and one_block and room)
 
     # --- products ---
 
@@ -324,6 +354,18 @@ class GatedMatrix:
             with self.device.on_stream():
                 self._places[samples] = self.device.put(places), shared, samples
         return self._places[samples]
+
+    @cached_property
+    def _tiles(self) -> GatedTiles:
+        """What multiplies many rows; its table of the matrix has no strips."""
+        fields, sizes = np.zeros(tables.GATED_FIELDS, np.int64), self._sizes()
+        fields[list(sizes)] = list(sizes.values())
+        places, at = np.zeros(tables.PLACE_FIELDS, np.int64), 0
+        for field, size in self._choice_bytes(1).items():
+            places[field], at = at, at + _rounded(size, 16)
+        need_shared(self.weights, at, self.device.shared_bytes)
+        values = dense_values(self.weights)
+        return GatedTiles(self.device, self.weights, values, fields, (places, at), self.warps, self.part_rows)
 
     def products(
         self,
@@ -347,6 +389,10 @@ class GatedMatrix:
             out = device.empty((rows, columns), np.float32)
         if rows == 0:
             return out
+        lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
+        if rows >= MIN_TILED_ROWS and GatedTiles.fits(self.weights):
+            self._tiles.products(lists, rows, out, status, batch, held)
+            return out
         matrix, (places, shared, samples) = self._row_strips[0], self._row_places(rows)
         warps, narrow = self.warps, self.narrow
         # Every block of a row chooses for itself, so that a row is divided only where there are few rows.
@@ -354,10 +400,15 @@ class GatedMatrix:
         splits = max(1, min(device.multiprocessors // sets, -(-columns // LANES)))
         groups = min(sets, max(1, device.multiprocessors // splits))
         kernel = device.kernel(("gated_rows", narrow), lambda: gated_rows_kernel(narrow), LANES * warps)
-        lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
         arguments = matrix.data.ptr, places.data.ptr, *lists, rows, samples, splits, out.data.ptr, status.data.ptr
         device.launch(kernel, groups * splits, LANES * warps, *arguments, batch, *held, shared=shared)
         return out
+
+
+def dense_values(weights: GatedBlocks) -> np.ndarray:
+    """All weights (n_pre, columns) float32, or uint16 bits of bfloat16, without their gates."""
+    values = weights.blocks.to_dense()
+    return (values.view(np.uint32) >> 16).astype(np.uint16) if weights.storage == "bfloat16" else values
 
 
 def need_shared(weights: GatedBlocks, needed: int, there: int) -> None:

@@ -12,6 +12,7 @@ from eventrnn.cuda import tables
 from eventrnn.cuda.cluster_plan import MAX_GATHERED_SHARE
 from eventrnn.cuda.kernels.batched_products import products_kernel
 from eventrnn.cuda.packing import CompactStrips, GroupedStrips, Strips, pack, per_strip
+from eventrnn.cuda.row_tiles import DenseTiles
 from eventrnn.cuda.tables import LANES
 from eventrnn.weights import Dense
 
@@ -48,6 +49,7 @@ class Matrix:
     host_bias : the biases on the host
     gates     : gate rows of a unit for the matrices of a layer, 1 for a read-out
     width     : units per tile of `strips`
+    tiled     : whether dense weights are multiplied with many rows in tiles, which skip no silent input
 
     Three layouts serve three kinds of kernels. Those on the host are records of `packing`, those on the GPU are arrays:
 
@@ -59,9 +61,11 @@ class Matrix:
               `group_begins`; the biases are `compact_bias`
     """
 
-    def __init__(self, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int):
+    def __init__(
+        self, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int, *, tiled: bool = False
+    ):
         self.device, self.weights, self.gates, self.width = device, weights, gates, width
-        self.host_bias = bias
+        self.host_bias, self.tiled = bias, tiled and isinstance(weights, Dense)
 
     @property
     def narrow(self) -> bool:
@@ -155,7 +159,7 @@ class Matrix:
     @property
     def product_description(self) -> str:
         """The description of the layout that `products` reads for many rows."""
-        return self.description(self.placement.resident)
+        return self.description(False, "tiles") if self.tiled else self.description(self.placement.resident)
 
     # --- products ---
 
@@ -176,6 +180,13 @@ class Matrix:
     def _scratch_bytes(self) -> int:
         """Bytes of shared memory that `products_kernel` needs without the weights: hits and the group's index."""
         return tables.GATHER_BUFFER_BYTES * WARPS + -(-4 * self.weights.shape[0] // 16) * 16
+
+    @cached_property
+    def tiles(self) -> DenseTiles:
+        """What multiplies dense weights with many rows."""
+        values = self.weights.to_dense()
+        values = (values.view(np.uint32) >> 16).astype(np.uint16) if self.narrow else values
+        return DenseTiles(self.device, values, self.host_bias)
 
     def products(self, device: Device, table, rows: int, row_of=None, out=None, status=None):
         """Drives (rows, gates * units) float32 of independent rows of events, put on the stream.

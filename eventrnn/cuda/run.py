@@ -11,6 +11,8 @@ from eventrnn.cuda.gated_layer import GatedPlan
 from eventrnn.cuda.kernels.batched_products import count_events_kernel, count_threads, log_events_kernel
 from eventrnn.cuda.kernels.input_checks import finite_kernel
 from eventrnn.cuda.launch import launch_layers
+from eventrnn.cuda.matrix import Matrix
+from eventrnn.cuda.row_tiles import MIN_TILED_ROWS
 from eventrnn.cuda.run_buffers import Replay, RunBuffers, copy_rows, pitch_of
 from eventrnn.cuda.tables import LANES, STATUS_FIELDS
 from eventrnn.weights import MatrixId
@@ -137,6 +139,9 @@ class Run:
 
     def _products(self, name: MatrixId, matrix: Any, table: Any, rows: int, row_of: Any, out: Any, status: Any) -> Any:
         """Put the products of a matrix with rows of events on the stream; see `Matrix.products`."""
+        if isinstance(matrix, Matrix) and matrix.tiled and rows >= MIN_TILED_ROWS:
+            matrix.tiles.products((*(each.data.ptr for each in table), 0), rows, out)
+            return out
         held = {"batch": self.batch, "held": self.buffers.hold(name)} if name in self.buffers.held else {}
         return matrix.products(self.device, table, rows, row_of, out=out, status=status, **held)
 

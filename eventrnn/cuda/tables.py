@@ -201,13 +201,21 @@ SUM_BYTES = 4 * LANES * MAX_SAMPLES
 # Rows of a block row that are multiplied at a time, at most. In place of the sums, a warp with one row of inputs has
 # lists of such pieces, and the inputs of two of them.
 PIECE = 128
-LIST_BYTES, SCALED_BYTES = (16 + 8) * LANES, 2 * 4 * PIECE
+LIST_BYTES, SCALED_BYTES, BARRIER_BYTES = (16 + 8) * LANES, 2 * 4 * PIECE, 32
 
-# What follows the stages in the ring of a warp: the sums and as many totals of logits, or lists and inputs.
-TAIL_BYTES = max(2 * SUM_BYTES, LIST_BYTES + SCALED_BYTES)
+# What follows the stages in the ring of a warp: the sums and as many totals of logits, or lists, inputs
+# and barriers.
+TAIL_BYTES = max(2 * SUM_BYTES, LIST_BYTES + SCALED_BYTES + BARRIER_BYTES)
 
-# Words of shared memory in which the warps of a block exchange counts while they choose, and numbers behind the ratios.
-CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
+# Classes of logits by which a block of threads chooses, and logits of one class that it ranks at most.
+CLASSES, RANKED = 256, 32
+
+# Words of shared memory in which the warps of a block exchange counts while they choose, without two rows of a warp for
+# each of them; and numbers behind the ratios.
+CHOICE_WORDS, RATIO_PAD = 160 + CLASSES + RANKED, 64
+
+# Rows and columns of a tile of `kernels/row_tiles.py`, and inputs that are multiplied between two barriers.
+TILE_SIDE, TILE_INPUTS = 64, 16
 
 # Columns of the table of one matrix of gated blocks. Addresses are in bytes. "Strips" are `gated_matrix.RowStrips`.
 (
@@ -255,7 +263,7 @@ CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
     AT_GATES,  # (samples, blocks) float32, logits and then gates
     AT_KEYS,  # (blocks,) int32
     AT_RATIOS,  # (kept blocks + RATIO_PAD,) float32
-    AT_WORDS,  # (CHOICE_WORDS,) int32
+    AT_WORDS,  # (CHOICE_WORDS + 64 per warp,) int32
     AT_MAXIMA,  # (samples, 32) int32, bits of the largest magnitude of an input, per warp
     AT_RINGS,  # (WORKERS, STAGES * stage bytes + TAIL_BYTES), weights on their way, and sums
     AT_DRIVES_IN,  # (samples, tiles, gates, 32) float32
@@ -278,8 +286,9 @@ CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
     RESIDENT_ROWS,  # block rows of a strip that stay in shared memory
     LOGITS_RESIDENT,  # 1 if the weights of the own logits stay in shared memory
     PARTS,  # parts of a logit
+    IN_PIECES,  # 1 if every warp after the first has at most one strip, which goes through `kernels/gated_pieces.py`
     PLACE_FIELDS,  # number of columns
-) = range(30)
+) = range(31)
 
 # Columns of the table of a layer with a recurrent matrix of gated blocks.
 (

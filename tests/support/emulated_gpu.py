@@ -149,12 +149,17 @@ def _store_async(address, word, barrier) -> None:
     transactions[_whole(barrier)].count(0, -4)
 
 
+def _copy_bulk(target, source, size, barrier) -> None:
+    ctypes.memmove(_whole(target), int(source), int(size))
+    transactions[_whole(barrier)].count(0, -int(size))
+
+
 def _to_rank(address, rank) -> np.int32:
     at = here.memories[int(rank)] + _whole(address) - here.shared_at
     return np.int64(at).astype(np.int32)
 
 
-#: PTX instructions of clusters
+#: PTX instructions of clusters and of barriers in shared memory
 CLUSTERS = {
     "cluster_arrive": lambda: None,
     "cluster_wait": lambda: here.cluster.exchange(here.rank, 0),
@@ -164,6 +169,8 @@ CLUSTERS = {
     "barrier_expect_bytes": lambda at, size: transactions[_whole(at)].count(1, int(size)),
     "barrier_try_wait": _try_wait,
     "store_async": _store_async,
+    "barrier_end": lambda at: transactions.pop(_whole(at)),
+    "copy_bulk": _copy_bulk,
 }
 
 
@@ -207,6 +214,8 @@ SHORT_ADDRESSES = {
     "load_relaxed_int64": lambda at: np.int64(fake_gpu.longs(at, 1)[0]),
     "store_relaxed_int64": lambda at, word: ctypes.memmove(int(at), struct.pack("<q", int(word)), 8),
     "count_arrival": _count_arrival,
+    "add_shared": lambda at, number: _count_arrival(_whole(at), number),
+    "take_shared": lambda at, number: _count_arrival(_whole(at), number),
     "fence_system": lambda: None,
     "fence_gpu": lambda: None,
     "load_relaxed": _load_relaxed,
@@ -297,12 +306,10 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(ptx.copy_async): lambda target, source: _store(_whole(target), fake_gpu.floats(source, 1)[0]),
         id(ptx.copy_async16): lambda target, source: ctypes.memmove(int(target), int(source), 16),
         id(ptx.copy_async16_four): _copy_four,
-        id(ptx.copy_async16_if): lambda target, source, flag: flag and ctypes.memmove(int(target), int(source), 16),
         id(ptx.commit_copies): lambda: None,
         id(ptx.wait_for_copies): lambda: None,
         id(ptx.clock): lambda: np.int64(time.monotonic_ns()),
         id(ptx.wait_for_oldest_copies): lambda: None,
-        id(ptx.wait_for_oldest_row): lambda: None,
         id(ptx.max_of_warp): lambda value: np.int32(max(here.warp.exchange(here.lane, int(value)))),
         id(ptx.min_of_warp): lambda value: np.int32(min(here.warp.exchange(here.lane, int(value)))),
         id(ptx.libdevice.int_as_float): _as_float,

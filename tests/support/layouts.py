@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 
 from eventrnn.cpu import memory, packing, plan
-from eventrnn.cpu.tables import BLOCKS, HIGH, KIND, LOW, MANY_BLOCKS, MASKED, ROW_TILES, ROWS, SCATTER, SINGLE_TILES
+from eventrnn.cpu.tables import BLOCKS, FEW_BLOCKS, HIGH, KIND, LOW, MASKED, ROW_TILES, ROWS, SCATTER, SINGLE_TILES
 from eventrnn.simulation import RECORDABLE, Simulation, simulate
 from support.conformance import assert_same, cases
 
@@ -18,6 +18,7 @@ FEW, MANY = {"SHARED_EVENTS": NEVER}, {"SHARED_EVENTS": 0}
 MASKS, INDICES = {"AVX512": True, "MASKED_FROM": 0, "FILL": NEVER}, {"MASKED_FROM": 2, "FILL": NEVER}
 TILES = {"FILL": -NEVER}
 NARROW = {"WIDEST_SCATTER": 16}
+UNITS = {"FEW_SEGMENTS": 0}
 #: name -> constants of the modules, the formats that they decide upon, and the kinds of window that must come out
 FORCED = {
     "rows": (FEW, ("dense",), {ROWS}),
@@ -28,10 +29,10 @@ FORCED = {
     "narrow masks": ({**MASKS, **NARROW}, ("csr", "nm"), {MASKED}),
     "narrow indices": ({**INDICES, **NARROW}, ("csr", "nm"), {SCATTER}),
     "single tiles": (TILES, ("csr", "nm"), {SINGLE_TILES}),
-    "blocks": ({**MANY, **INDICES, "MANY_SEGMENTS": NEVER}, ("block",), {BLOCKS, SCATTER}),
-    "many blocks": ({**MANY, **INDICES, "MANY_SEGMENTS": 0}, ("block",), {MANY_BLOCKS, BLOCKS, SCATTER}),
-    "blocks of single weights": ({**MANY, **MASKS, **NARROW}, ("block",), {BLOCKS, MASKED, SCATTER}),
-    "tiles of blocks": ({**TILES, "MANY_SEGMENTS": NEVER}, ("block",), {BLOCKS, SINGLE_TILES}),
+    "blocks": ({**MANY, **INDICES, **UNITS, "PREFETCHED_BYTES": 0}, ("block",), {BLOCKS, SCATTER}),
+    "few blocks": ({**MANY, **INDICES, "FEW_SEGMENTS": NEVER}, ("block",), {FEW_BLOCKS, BLOCKS, SCATTER}),
+    "blocks of single weights": ({**MANY, **MASKS, **NARROW, **UNITS}, ("block",), {BLOCKS, MASKED, SCATTER}),
+    "tiles of blocks": ({**TILES, **UNITS}, ("block",), {BLOCKS, SINGLE_TILES}),
 }
 
 

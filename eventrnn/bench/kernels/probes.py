@@ -18,10 +18,10 @@ from eventrnn.cpu.tables import (
     BFLOAT16,
     BLAS,
     BLOCKS,
+    FEW_BLOCKS,
     FLOAT32,
     INDEX,
     KIND,
-    MANY_BLOCKS,
     MASKED,
     PITCH,
     POINTERS,
@@ -80,7 +80,7 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
             ahead = v0 + np.int64(ids[min(e + PROBE_AHEAD, indptr[stop] - 1)]) * matrix[PITCH] * size // 4
             for k in range(ahead, ahead + min(ROW_TILE, matrix[WIDTH]) * size // 4, LINE // 4):
                 prefetch(values, k)
-        elif kind in (BLOCKS, MANY_BLOCKS):
+        elif kind in (BLOCKS, FEW_BLOCKS):
             first = pointers[p0 + 3 * j + 2] * matrix[WIDTH]
             last = first + (pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]) * matrix[WIDTH]
             for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):

@@ -37,10 +37,11 @@ def splat_int(builder, scalar):
     return builder.shuffle_vector(first, undefined, ir.Constant(INTS, [0] * LANES))
 
 
-def for_each(builder, stop, body, start=None, step: int = 1):
+def for_each(builder, stop, body, start=None, step: int = 1, unrolled: bool = True):
     """Emit a loop that runs body(k) for k = start, start + step, … < stop; start is 0 by default.
 
-    Only k is carried from one turn to the next.
+    Only k is carried from one turn to the next. With `unrolled` LLVM may make a turn of several, and loops for the
+    turns that remain. A loop of few turns has more branches then that the processor mispredicts.
     """
     first = I64(0) if start is None else start
     entry = builder.block
@@ -52,8 +53,18 @@ def for_each(builder, stop, body, start=None, step: int = 1):
     body(k)
     following = builder.add(k, I64(step))
     k.add_incoming(following, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
+    branch = builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
+    if not unrolled:
+        branch.set_metadata("llvm.loop", _never_unrolled(builder.module))
     builder.position_at_end(done)
+
+
+def _never_unrolled(module):
+    """The metadata of a loop that LLVM leaves as it is. Its first operand is the node itself, as LLVM demands."""
+    hint = module.add_metadata(["llvm.loop.unroll.disable"])
+    node = ir.values.MDValue(module, [], name=str(len(module.metadata)))
+    node.operands = (node, hint)
+    return node
 
 
 def for_each_vector(builder, count, body):

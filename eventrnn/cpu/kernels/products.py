@@ -26,7 +26,7 @@ from eventrnn.cpu.kernels.jit import allocating_by_address, called_by_address
 from eventrnn.cpu.kernels.row_products import (
     add_blocks,
     add_dense_rows,
-    add_many_blocks,
+    add_few_blocks,
     add_single,
     add_single_masked,
 )
@@ -45,13 +45,13 @@ from eventrnn.cpu.tables import (
     BLAS,
     BLOCKS,
     DENSE_FROM,
+    FEW_BLOCKS,
     FLOAT32,
     GATED,
     HIGH,
     IN_PLACE,
     INT8,
     LOW,
-    MANY_BLOCKS,
     MASKED,
     PITCH,
     POINTERS,
@@ -73,7 +73,7 @@ _ADD = {
     SCATTER: add_single,
     MASKED: add_single_masked,
     BLOCKS: add_blocks,
-    MANY_BLOCKS: add_many_blocks,
+    FEW_BLOCKS: add_few_blocks,
 }
 
 

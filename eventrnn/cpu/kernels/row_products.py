@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn.cpu.kernels.emit import LINE
 from eventrnn.cpu.kernels.jit import inlined
 from eventrnn.cpu.kernels.microkernels import (
     TILE,
     add_blocks_4,
     add_blocks_8,
     add_blocks_16,
+    add_blocks_32,
+    add_blocks_64,
     add_listed_4,
     add_listed_8,
     add_listed_16,
-    add_listed_32,
-    add_listed_64,
     add_rows,
     list_blocks,
-    prefetch,
 )
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.single_weights import add_masked, add_scattered
@@ -37,11 +35,6 @@ LISTED_SEGMENTS = 64
 # are short, and read at random: the hardware prefetcher detects each of them late. With 12 % of 1350 x 4050 weights out
 # of the cache a weight took 2.3 ns, and 1.1 ns with this; 0.65 ns of them are work. Distances of 1 to 6 differ little.
 UPCOMING = 2
-
-# With many narrow segments per unit, each event prefetches so many cache lines of the next event's weights. The
-# hardware prefetcher finds the lines after them: prefetching all 26 lines of 4x8 blocks (1350 units, 90 % pruned) took
-# a fifth longer than these eight.
-NEXT_LINES = 8
 
 
 @inlined
@@ -94,8 +87,46 @@ def add_single_masked(column_tile, weights, pools, events, begin, count, drives,
 
 @inlined
 def add_blocks(column_tile, weights, pools, events, begin, count, drives, at, workspace):
-    """Block segments: the segments of several units are listed without a branch, and then added in one loop."""
+    """Block segments: all of one event, then those of the next one.
+
+    The processor mispredicts the end of most units, which costs less than a list of segments, unless it is short work.
+    """
+    width = column_tile[WIDTH]
     # planted fault: scale of another unit, blocks
+    # planted fault: last event of blocks
+    given = (
+        drives,
+        at,
+        pools.index,
+        column_tile[INDEX],
+        pools.pointers,
+        column_tile[POINTERS],
+        weights,
+        values_at(column_tile, weights),
+        pools.values,
+        column_tile[SCALES],
+        events.indices,
+        events.values,
+        begin,
+        count,
+        column_tile[PITCH],
+    )
+    if width == 64:
+        add_blocks_64(*given)
+    elif width == 32:
+        add_blocks_32(*given)
+    elif width == 16:
+        add_blocks_16(*given)
+    elif width == 8:
+        add_blocks_8(*given)
+    else:
+        add_blocks_4(*given)
+
+
+@inlined
+def add_few_blocks(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    """Few narrow block segments: those of several units are listed without a branch, and then added in one loop."""
+    # planted fault: scale of another unit, few blocks
     i0, p0, s0 = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES]
     segments, factors, event, end = workspace.segment_numbers, workspace.segment_factors, begin, begin + count
     while event < end:
@@ -120,45 +151,10 @@ def add_blocks(column_tile, weights, pools, events, begin, count, drives, at, wo
 
 
 @inlined
-def _segments_of(pools, p0, unit):
-    """The first index of a unit, the index after its last one, and the number of its first segment."""
-    return pools.pointers[p0 + 3 * unit], pools.pointers[p0 + 3 * unit + 1], pools.pointers[p0 + 3 * unit + 2]
-
-
-@inlined
-def add_many_blocks(column_tile, weights, pools, events, begin, count, drives, at, workspace):
-    """Block segments: the segments of each unit are added in a loop of their own, without a list.
-
-    That is less work per segment, but the processor mispredicts the end of the loop once per unit.
-    """
-    i0, p0, s0, width = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES], column_tile[WIDTH]
-    v0, index, scales, line = values_at(column_tile, weights), pools.index, pools.values, LINE // weights.itemsize
-    for e in range(begin, begin + count):
-        unit, value = np.int64(events.indices[e]), events.values[e]
-        first, last, number = _segments_of(pools, p0, unit)
-        following = np.int64(events.indices[min(e + 1, begin + count - 1)])
-        upcoming = v0 + pools.pointers[p0 + 3 * following + 2] * width
-        for i in range(upcoming, upcoming + NEXT_LINES * line, line):
-            prefetch(weights, i)
-        # planted fault: scale of another unit, many blocks
-        scale = scales[s0 + unit]
-        if width == 16:
-            add_blocks_16(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 16)
-        elif width == 8:
-            add_blocks_8(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 8)
-        else:
-            add_blocks_4(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 4)
-
-
-@inlined
 def _add_listed(column_tile, weights, segments, factors, count, drives, at):
     """Add the first `count` listed block segments to the drives at their targets."""
     width, start = column_tile[WIDTH], values_at(column_tile, weights)
-    if width == 64:
-        add_listed_64(drives, at, segments, factors, count, weights, start)
-    elif width == 32:
-        add_listed_32(drives, at, segments, factors, count, weights, start)
-    elif width == 16:
+    if width == 16:
         add_listed_16(drives, at, segments, factors, count, weights, start)
     elif width == 8:
         add_listed_8(drives, at, segments, factors, count, weights, start)

@@ -19,8 +19,7 @@ active      shared   (samples, block rows) int32, 1 if an input of the block row
 gates       shared   (samples, blocks) float32, logits and then gates, 0 for blocks that are not chosen
 ring        shared   per warp, (STAGES, stage bytes), rows of a strip; then TAIL_BYTES of what the next two rows name
 sums        shared   (samples, 32) float32, sums of several rows of inputs; then as many totals of logits (`end_factor`)
-lists       shared   with one row of inputs in place of the sums, LIST_BYTES that `list_pieces` describes; then
-                     (2, PIECE) float32, inputs of two pieces times their gates (`add_whole_rows`)
+lists       shared   with one row of inputs in place of the sums, what `gated_pieces.py` describes
 resident    shared   per strip, (block rows, padded rows of a block, width), the first block rows
 strips      global   `gated_matrix.RowStrips`: values float32 or uint16 bits of bfloat16; offsets (strips, block rows)
                      int64, where the rows of a block row begin, -1 where no block is stored
@@ -35,58 +34,23 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, int64
 
-from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.gated_strips import (
-    gate_of,
-    load8,
-    lower_half,
-    needed_rows,
-    next_row,
-    rows_in,
-    upper_half,
-)
+from eventrnn.cuda.device import cuda, device_function
+from eventrnn.cuda.kernels.gated_strips import add8, gate_of, load8, make_weights8, needed_rows, next_row, rows_in
 from eventrnn.cuda.kernels.ptx import (
     OPEN_GROUPS,
-    OPEN_ROWS,
     commit_copies,
     copy_async16,
     copy_async16_four,
-    copy_async16_if,
-    load_shared4,
-    load_shared_float4,
     shared_float32,
-    shared_int32,
-    shared_int64,
-    store_shared_float4,
     wait_for_oldest_copies,
-    wait_for_oldest_row,
 )
-from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
-from eventrnn.cuda.tables import LANES, LIST_BYTES, PIECE, STAGES, SUM_BYTES
+from eventrnn.cuda.kernels.strip_product import FULL_WARP
+from eventrnn.cuda.tables import LANES, PIECE, STAGES, SUM_BYTES
 
 assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
 
-# Rows that `add_whole_rows` multiplies per turn; pieces that its ring has, and copies per lane and piece, at most.
-TURN, PIECES_AHEAD, COPIES = 32, 3, 12
-
 # What a sum is added to without any change, also of its sign.
 NOTHING_YET = np.float32(-0.0)
-
-assert OPEN_ROWS == PIECES_AHEAD - 1, "the piece after the present one must be complete"
-assert PIECE == 1 << 7, "`pieces_of` shifts by 7"
-
-
-@device_function
-def add8(acc, weights, inputs):
-    """The sum after eight terms."""
-    acc = cuda.fma(weights[0], inputs[0], acc)
-    acc = cuda.fma(weights[1], inputs[1], acc)
-    acc = cuda.fma(weights[2], inputs[2], acc)
-    acc = cuda.fma(weights[3], inputs[3], acc)
-    acc = cuda.fma(weights[4], inputs[4], acc)
-    acc = cuda.fma(weights[5], inputs[5], acc)
-    acc = cuda.fma(weights[6], inputs[6], acc)
-    return cuda.fma(weights[7], inputs[7], acc)
 
 
 @device_function
@@ -110,23 +74,7 @@ def make_add_strip(narrow: bool, stage_bytes: int):
     """
     size = 2 if narrow else 4
 
-    if narrow:
-
-        @device_function
-        def weights8(at, step):
-            a, b, c, d = load_shared_float4(at)
-            return (
-                lower_half(a),
-                upper_half(a),
-                lower_half(b),
-                upper_half(b),
-                lower_half(c),
-                upper_half(c),
-                lower_half(d),
-                upper_half(d),
-            )
-    else:
-        weights8 = load8
+    weights8 = make_weights8(narrow)
 
     @device_function
     def start_stage(strip, received, row, first, mask, done, slot_at, lane):
@@ -262,82 +210,6 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return acc
 
     @device_function
-    def rows_of_piece(strip):
-        """Rows of a block row that `add_whole_rows` multiplies at a time."""
-        return int32(min(strip.rows_of_block, PIECE))
-
-    @device_function
-    def pieces_of(strip):
-        """Pieces of a block row. Divisions by numbers that the compiler does not know take hundreds of cycles."""
-        return int32(int32(strip.rows_of_block + int32(PIECE - 1)) >> int32(7))
-
-    @device_function
-    def is_whole(strip, received):
-        """Whether `add_whole_rows` can multiply the strip."""
-        rows, pieces = rows_of_piece(strip), pieces_of(strip)
-        piece_bytes = int32(rows * strip.width * size)
-        whole = rows & int32(TURN - 1) == 0 and pieces * rows == strip.rows_of_block
-        whole = whole and strip.n_rows == strip.block_rows * strip.rows_of_block
-        room = piece_bytes <= COPIES * 16 * LANES and PIECES_AHEAD * piece_bytes <= STAGES * stage_bytes
-        one_block = strip.first_column == strip.last_column and strip.block_rows * pieces < LANES
-        return received.samples == 1 and one_block and whole and room
-
-    @device_function
-    def copy_piece(strip, offset, wanted, target_at, lane):
-        """Start copying the piece at an offset to `target_at` unless `wanted` is 0. Its copies are a group."""
-        if wanted:
-            source, target = strip.values_at + offset * size + int64(16) * lane, target_at + int64(16) * lane
-            parts = int32(int32(int32(rows_of_piece(strip) * strip.width * size) >> int32(4)) - lane)
-            copy_async16_if(target + int64(0), source + int64(0), int32(parts > int32(0)))
-            copy_async16_if(target + int64(512), source + int64(512), int32(parts > int32(32)))
-            copy_async16_if(target + int64(1024), source + int64(1024), int32(parts > int32(64)))
-            copy_async16_if(target + int64(1536), source + int64(1536), int32(parts > int32(96)))
-            copy_async16_if(target + int64(2048), source + int64(2048), int32(parts > int32(128)))
-            copy_async16_if(target + int64(2560), source + int64(2560), int32(parts > int32(160)))
-            copy_async16_if(target + int64(3072), source + int64(3072), int32(parts > int32(192)))
-            copy_async16_if(target + int64(3584), source + int64(3584), int32(parts > int32(224)))
-            copy_async16_if(target + int64(4096), source + int64(4096), int32(parts > int32(256)))
-            copy_async16_if(target + int64(4608), source + int64(4608), int32(parts > int32(288)))
-            copy_async16_if(target + int64(5120), source + int64(5120), int32(parts > int32(320)))
-            copy_async16_if(target + int64(5632), source + int64(5632), int32(parts > int32(352)))
-        commit_copies()
-
-    @device_function
-    def list_pieces(strip, received, ring_at, lists_at, lane):
-        """List the pieces of the block rows of a strip that the warp needs. Returns how many they are, and how many
-        are resident.
-
-        lists_at : address of (LANES, 4) int32: of each piece the place of its weights after `ring_at`, the place of its
-                   inputs, and the bits of its gate; then of (LANES,) int64, offsets of those that are not resident
-
-        Each lane looks at one block row.
-        """
-        rows, pieces = rows_of_piece(strip), pieces_of(strip)
-        piece_bytes = int64(rows * size) * strip.width
-        mask = needed_rows(strip, received, int32(0), strip.block_rows, lane)
-        resident = int32(mask & int32((int32(1) << strip.resident) - 1))
-        before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident) * pieces)
-        # The lists of the strip before are not read any more.
-        cuda.syncwarp(FULL_WARP)
-        if (mask >> lane) & 1:
-            entries, offsets = shared_int32(lists_at), shared_int64(lists_at + int64(16 * LANES))
-            gate_at = received.gates_at + int64(4) * int32(strip.first_column + lane * strip.block_columns)
-            gate, rank, piece = shared_int32(gate_at)[0], int32(popcount(before) * pieces), int32(0)
-            while piece < pieces:
-                place = strip.resident_at - ring_at + piece_bytes * int32(lane * pieces + piece)
-                if lane >= strip.resident:
-                    streamed = int32(rank - in_ring)
-                    offsets[streamed] = strip.offsets[lane] + int64(piece * rows) * strip.width
-                    # The remainder by three. Pieces are fewer than 32 (`is_whole`), where the product is right.
-                    place = piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5)))
-                entries[int32(4 * rank)] = int32(place)
-                entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))
-                entries[int32(4 * rank + 2)] = gate
-                rank, piece = int32(rank + 1), int32(piece + 1)
-        cuda.syncwarp(FULL_WARP)
-        return int32(popcount(mask) * pieces), in_ring
-
-    @device_function
     def add_scaled32(acc, w_at, x_at, step):
         """Add the terms of 32 rows whose inputs, from `x_at` on, are multiplied by their gate already.
 
@@ -367,112 +239,17 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         if rows == PIECE:
             acc = add_128(acc, w_at, x_at, width)
             k = rows
-        while k + TURN <= rows:
+        while k + 32 <= rows:
             acc = add_scaled32(acc, w_at, x_at, step)
-            k, w_at, x_at = int32(k + TURN), w_at + next32, x_at + int64(128)
+            k, w_at, x_at = int32(k + 32), w_at + next32, x_at + int64(128)
         while k < rows:
             acc = add8(acc, weights8(w_at, step), load8(x_at, int64(16)))
             k, w_at, x_at = int32(k + 8), w_at + int64(8 * size) * width, x_at + int64(32)
         return acc
 
     @device_function
-    def add_whole_rows(acc, strip, received, ring_at, lane):
-        """`add_strip` for one row of inputs, a strip of one block column, and block rows of whole pieces.
-
-        The lanes multiply the inputs of the next piece by its gate, each some of them, and add the terms of the
-        present one. Pieces that are not resident are copied PIECES_AHEAD ahead, to a ring of as many.
-        """
-        rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
-        piece_bytes, scaled_at = int64(rows * size) * strip.width, lists_at + int64(LIST_BYTES)
-        count, resident = list_pieces(strip, received, ring_at, lists_at, lane)
-        offsets = shared_int64(lists_at + int64(16 * LANES))
-        streamed, copied = int32(count - resident), int32(0)
-        while copied < PIECES_AHEAD:
-            wanted = copied < streamed
-            offset = offsets[copied] if wanted else int64(0)
-            copy_piece(strip, offset, wanted, ring_at + piece_bytes * copied, lane)
-            copied = int32(copied + 1)
-        if count > 0:
-            # Lanes without a column read what another lane reads.
-            own_at = ring_at + int64(16) * min(lane, int32(strip.width - 1))
-            raw_at, to_at = received.inputs_at + int64(16) * lane, scaled_at + int64(16) * lane
-            step, next8, sixteen = int64(16) * strip.width, int64(8 * size) * strip.width, int64(16)
-            # The entry of the next piece.
-            entry_at, last_at = int32(lists_at), int32(int32(lists_at) + int32(16 * int32(count - 1)))
-            place, raw, first_gate, _ = load_shared4(entry_at)
-            v0, v1, v2, v3 = load_shared_float4(raw_at + int64(raw))
-            gate = libdevice.int_as_float(first_gate)
-            store_shared_float4(int32(to_at), gate * v0, gate * v1, gate * v2, gate * v3)
-            entry_at = int32(min(int32(entry_at + int32(16)), last_at))
-            next_place, next_raw, next_gate, _ = load_shared4(entry_at)
-            if resident == 0:
-                wait_for_oldest_row()
-            # The other lanes have copied parts of the piece, and multiplied others of its inputs.
-            cuda.syncwarp(FULL_WARP)
-            done, half, slot = int32(0), int32(0), int32(0)
-            w_at, x_at = own_at + int64(place), scaled_at
-            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
-            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
-            while done < count:
-                done = int32(done + 1)
-                u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
-                entry_at = int32(min(int32(entry_at + int32(16)), last_at))
-                later_place, later_raw, later_gate, _ = load_shared4(entry_at)
-                turn = int32(TURN)
-                while turn < rows:
-                    d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
-                    acc = add8(acc, (a0, a1, a2, a3, a4, a5, a6, a7), (p0, p1, p2, p3, p4, p5, p6, p7))
-                    a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
-                    p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
-                    acc = add8(acc, (b0, b1, b2, b3, b4, b5, b6, b7), (q0, q1, q2, q3, q4, q5, q6, q7))
-                    b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
-                    q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
-                    acc = add8(acc, (c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7))
-                    c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
-                    r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
-                    acc = add8(acc, d, s)
-                    turn, w_at, x_at = int32(turn + TURN), w_at + 4 * next8, x_at + int64(128)
-                e, t = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
-                acc = add8(acc, (a0, a1, a2, a3, a4, a5, a6, a7), (p0, p1, p2, p3, p4, p5, p6, p7))
-                half, scale = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
-                store_shared_float4(int32(to_at + int64(half)), scale * u0, scale * u1, scale * u2, scale * u3)
-                w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
-                # All lanes have written the inputs of the next piece.
-                cuda.syncwarp(FULL_WARP)
-                if done >= resident:
-                    if done > resident:
-                        # All lanes have read the present piece, whose place may be written again.
-                        wanted = copied < streamed
-                        offset = offsets[copied] if wanted else int64(0)
-                        copy_piece(strip, offset, wanted, ring_at + piece_bytes * slot, lane)
-                        copied, slot = int32(copied + 1), int32(slot + 1)
-                        if slot == PIECES_AHEAD:
-                            slot = int32(0)
-                    wait_for_oldest_row()
-                    cuda.syncwarp(FULL_WARP)
-                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-                acc = add8(acc, (b0, b1, b2, b3, b4, b5, b6, b7), (q0, q1, q2, q3, q4, q5, q6, q7))
-                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
-                acc = add8(acc, (c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7))
-                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
-                acc = add8(acc, e, t)
-                next_place, next_raw, next_gate = later_place, later_raw, later_gate
-        return acc
-
-    @device_function
     def add_strip(start, strip, received, ring_at, lane):
-        if is_whole(strip, received):
-            acc = add_whole_rows(start, strip, received, ring_at, lane)
-        else:
-            acc = end_strip(start, strip, received, begin_strip(strip, received, ring_at, lane), ring_at, lane)
-        return acc
+        return end_strip(start, strip, received, begin_strip(strip, received, ring_at, lane), ring_at, lane)
 
     @device_function
     def end_factor(start, factor, part, received, ring_at, lane):

@@ -12,7 +12,7 @@ array       memory   shape, dtype, contents
 gates       shared   (blocks,) float32, logits and then gates, 0 for blocks that are not chosen
 keys        shared   (blocks,) int32: bits of a logit in the order of the numbers; then the place among the chosen
 ratios      shared   (kept blocks + RATIO_PAD,) float32, of the chosen blocks in ascending order, then zeros
-words       shared   (CHOICE_WORDS,) int32, counts per warp and what one warp tells the others
+words       shared   (CHOICE_WORDS + 64 per warp,) int32, counts per warp and what one warp tells the others
 maxima      shared   (32,) int32, per warp the bits of the largest magnitude among its inputs
 =========== ======== ===========================================================================================
 """
@@ -24,17 +24,31 @@ from numba import int32, int64
 
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.gated_strips import load8
-from eventrnn.cuda.kernels.ptx import exp_float32, max_of_warp, min_of_warp, shared_float32, sum_of_warp
+from eventrnn.cuda.kernels.ptx import (
+    add_shared,
+    exp_float32,
+    load_shared4,
+    max_of_warp,
+    min_of_warp,
+    shared_float32,
+    shared_int32,
+    sum_of_warp,
+    take_shared,
+)
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
-from eventrnn.cuda.tables import LANES, RATIO_PAD
+from eventrnn.cuda.tables import CHOICE_WORDS, CLASSES, LANES, RANKED, RATIO_PAD
 
 # A key is the bits of a float32 as an integer that is in the same order: those of a negative number are flipped, apart
 # from the sign. The same operation turns a key into bits.
 LOWEST_KEY, MAGNITUDE = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
 
 # Places of `words`: counts of two votes per warp, the largest and the smallest key of each warp, whether the gates are
-# not finite, the bits of what ratios are multiplied by, and twice the candidates and counts of each warp.
-SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, COUNTS = 32, 64, 96, 128, 129, 160
+# not finite, the bits of what ratios are multiplied by, how many logits of the class of the smallest chosen one are
+# listed; counts of classes of logits, the keys of the listed ones, and twice the counts of the candidates by each warp.
+SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, LISTED = 32, 64, 96, 128, 129, 130
+CLASS_COUNTS, LIST, COUNTS = 160, 160 + CLASSES, 160 + CLASSES + RANKED
+
+assert CLASSES == 8 * LANES and RANKED == LANES and COUNTS == CHOICE_WORDS, "a lane has eight classes and one key"
 
 # Turns of the search that divide the interval of the logits, before those that divide the interval of the keys. The
 # former need fewer turns for logits that are spread evenly, the latter a limited number for all.
@@ -124,64 +138,159 @@ def candidate_of(low, high, turn, share):
 
 
 @device_function
-def reaching(candidate, a, b, c, d):
-    """How many of four keys reach a candidate."""
-    return int32(int32(a >= candidate) + int32(b >= candidate) + int32(c >= candidate) + int32(d >= candidate))
+def reaching(candidate, logits, first, step, n):
+    """How many of logits[first:n:step] are at least a candidate. All lanes read the same number at a time."""
+    count, b = int32(0), first
+    while b + 3 * step < n:
+        one, two = int32(logits[b] >= candidate), int32(logits[int32(b + step)] >= candidate)
+        three, four = int32(logits[int32(b + 2 * step)] >= candidate), int32(logits[int32(b + 3 * step)] >= candidate)
+        count, b = int32(int32(count + one + two) + int32(three + four)), int32(b + 4 * step)
+    while b < n:
+        count, b = int32(count + int32(logits[b] >= candidate)), int32(b + step)
+    return count
 
 
 @device_function
-def smallest_chosen(keys, words, n, kept, smallest, largest, me):
+def sum_over_warps(counts, first, warps, lane):
+    """The sum of a count of every warp: those of a warp are 32 numbers, of which a lane adds one each."""
+    total, at, k = int32(0), int32(first + lane), int32(0)
+    while k + 4 <= warps:
+        one, two = counts[at], counts[int32(at + LANES)]
+        three, four = counts[int32(at + 2 * LANES)], counts[int32(at + 3 * LANES)]
+        total, at, k = int32(int32(total + one + two) + int32(three + four)), int32(at + 4 * LANES), int32(k + 4)
+    while k < warps:
+        total, at, k = int32(total + counts[at]), int32(at + LANES), int32(k + 1)
+    return total
+
+
+@device_function
+def smallest_chosen(logits, words, n, kept, smallest, largest, me):
     """A key from which on `kept` keys lie: all keys lie between `smallest` and `largest`, int32.
 
-    In each turn every warp counts the keys that reach three candidates of its own.
+    In each turn every lane has a candidate, the same in all warps. Every warp compares some of the logits with them.
 
     Returns it, how many keys reach it, and how many are larger. The former is `kept` unless several keys equal the
     smallest chosen one; then the result is that key. All threads must call it, after a block barrier.
     """
     lane, warp, warps = me
     low, high, reached, above, turn = int64(smallest), int64(largest) + int64(1), n, int32(0), int32(0)
-    part = np.float32(1) / np.float32(3 * warps + 1)
-    share = np.float32(3 * warp + 1) * part
+    share = np.float32(lane + 1) / np.float32(LANES + 1)
     while reached != kept and high - low > 1:
-        one = candidate_of(low, high, turn, share)
-        two, three = candidate_of(low, high, turn, share + part), candidate_of(low, high, turn, share + part + part)
-        count_one, count_two, count_three, b = int32(0), int32(0), int32(0), lane
-        while b < n:
-            # Keys beyond the last one count as the lowest, which no candidate equals.
-            key, key_b, key_c, key_d = keys[b], LOWEST_KEY, LOWEST_KEY, LOWEST_KEY
-            if b + LANES < n:
-                key_b = keys[int32(b + LANES)]
-            if b + 2 * LANES < n:
-                key_c = keys[int32(b + 2 * LANES)]
-            if b + 3 * LANES < n:
-                key_d = keys[int32(b + 3 * LANES)]
-            count_one = int32(count_one + reaching(one, key, key_b, key_c, key_d))
-            count_two = int32(count_two + reaching(two, key, key_b, key_c, key_d))
-            count_three = int32(count_three + reaching(three, key, key_b, key_c, key_d))
-            b = int32(b + 4 * LANES)
-        count_one, count_two = sum_of_warp(count_one), sum_of_warp(count_two)
-        count_three = sum_of_warp(count_three)
+        candidate = candidate_of(low, high, turn, share)
+        count = reaching(libdevice.int_as_float(key_of(candidate)), logits, warp, warps, n)
         # Other warps may still read what was written in the turn before.
-        area = int32(COUNTS + (turn & int32(1)) * (6 * LANES) + 6 * warp)
-        if lane == 0:
-            words[area], words[int32(area + 1)] = one, count_one
-            words[int32(area + 2)], words[int32(area + 3)] = two, count_two
-            words[int32(area + 4)], words[int32(area + 5)] = three, count_three
+        area = int32(COUNTS + (turn & int32(1)) * (LANES * warps))
+        words[int32(area + warp * LANES + lane)] = count
         cuda.syncthreads()
+        count = sum_over_warps(words, area, warps, lane)
         # The last candidate that enough keys reach, and the first one that too few reach.
-        first, last, enough, few, k = int32(low), MAGNITUDE, reached, above, lane
-        area = int32(COUNTS + (turn & int32(1)) * (6 * LANES))
-        while k < 3 * warps:
-            candidate, count = words[int32(area + 2 * k)], words[int32(area + 2 * k + 1)]
-            if count >= kept:
-                first, enough = int32(max(first, candidate)), int32(min(enough, count))
-            else:
-                last, few = int32(min(last, candidate)), int32(max(few, count))
-            k = int32(k + LANES)
-        low, reached, above = int64(max_of_warp(first)), min_of_warp(enough), max_of_warp(few)
-        high = min(high, int64(min_of_warp(last)))
+        begin, end, enough, few = int32(low), MAGNITUDE, reached, above
+        if count >= kept:
+            begin, enough = candidate, int32(min(enough, count))
+        else:
+            end, few = candidate, int32(max(few, count))
+        low, reached, above = int64(max_of_warp(begin)), min_of_warp(enough), max_of_warp(few)
+        high = min(high, int64(min_of_warp(end)))
         turn = int32(turn + 1)
     return int32(low), reached, above
+
+
+@device_function
+def class_of(logit, bottom, scale):
+    """The class of a finite logit; that of a larger one is the same or a larger one."""
+    return int32(min(int32((logit - bottom) * scale), int32(CLASSES - 1)))
+
+
+@device_function
+def next_class(above, place, size, next_size, kept):
+    """The next smaller class, unless the `kept`-th largest logit lies in this one."""
+    if above + size < kept:
+        above, place, size = int32(above + size), int32(place - 1), next_size
+    return above, place, size
+
+
+@device_function
+def class_of_smallest_chosen(words_at, kept, lane):
+    """The class in which the `kept`-th largest logit lies, how many logits it has, and how many lie in larger ones.
+
+    A lane counts eight neighbouring classes; the first lane has the largest ones.
+    """
+    counts_at = int32(words_at + int64(4 * CLASS_COUNTS)) + int32(32 * (LANES - 1 - lane))
+    h, g, f, e = load_shared4(int32(counts_at))
+    d, c, b, a = load_shared4(int32(counts_at + int32(16)))
+    own = int32(int32(int32(a + b) + int32(c + d)) + int32(int32(e + f) + int32(g + h)))
+    total, distance = own, int32(1)
+    while distance < LANES:
+        earlier = cuda.shfl_sync(FULL_WARP, total, int32(max(lane - distance, 0)))
+        if lane >= distance:
+            total = int32(total + earlier)
+        distance = int32(2 * distance)
+    above, place, size = int32(total - own), int32(CLASSES - 1 - 8 * lane), a
+    above, place, size = next_class(above, place, size, b, kept)
+    above, place, size = next_class(above, place, size, c, kept)
+    above, place, size = next_class(above, place, size, d, kept)
+    above, place, size = next_class(above, place, size, e, kept)
+    above, place, size = next_class(above, place, size, f, kept)
+    above, place, size = next_class(above, place, size, g, kept)
+    above, place, size = next_class(above, place, size, h, kept)
+    here = int32(cuda.ffs(cuda.ballot_sync(FULL_WARP, total >= kept)) - 1)
+    return (
+        cuda.shfl_sync(FULL_WARP, place, here),
+        cuda.shfl_sync(FULL_WARP, size, here),
+        cuda.shfl_sync(FULL_WARP, above, here),
+    )
+
+
+@device_function
+def smallest_of_class(words, size, wanted, lane):
+    """The `wanted`-th largest of `size` listed keys, how many of them reach it, and how many are larger."""
+    key, larger, k = LOWEST_KEY, int32(0), int32(0)
+    if lane < size:
+        key = words[int32(LIST + lane)]
+    while k < size:
+        larger, k = int32(larger + int32(words[int32(LIST + k)] > key)), int32(k + 1)
+    # The keys that fewer than `wanted` ones exceed; the smallest of them is the result.
+    result = MAGNITUDE
+    if lane < size and larger < wanted:
+        result = key
+    result = min_of_warp(result)
+    votes = cuda.ballot_sync(FULL_WARP, lane < size and key >= result)
+    votes_above = cuda.ballot_sync(FULL_WARP, lane < size and key > result)
+    return result, popcount(votes), popcount(votes_above)
+
+
+@device_function
+def divided_choice(logits, keys, words_at, n, kept, smallest, largest, me):
+    """`smallest_chosen` by the classes of the logits, whose counts are zeros before. If too many logits lie in one
+    class, or the logits are not finite, it is a search."""
+    lane, warp, warps = me
+    thread, threads, words = int32(warp * LANES + lane), int32(warps * LANES), shared_int32(words_at)
+    bottom = libdevice.int_as_float(key_of(smallest))
+    width = libdevice.int_as_float(key_of(largest)) - bottom
+    scale = np.float32(0)
+    if width > 0 and width - width == 0:
+        scale = np.float32(CLASSES - 1) / width
+    size, place, above = int32(RANKED + 1), int32(0), int32(0)
+    # The width may be infinite, zero, or so small that the scale is not finite.
+    if scale > 0 and scale - scale == 0:
+        b = thread
+        while b < n:
+            add_shared(int32(words_at + int64(4) * (CLASS_COUNTS + class_of(logits[b], bottom, scale))), int32(1))
+            b = int32(b + threads)
+        cuda.syncthreads()
+        place, size, above = class_of_smallest_chosen(words_at, kept, lane)
+    if size <= RANKED:
+        b = thread
+        while b < n:
+            if class_of(logits[b], bottom, scale) == place:
+                words[int32(LIST + take_shared(int32(words_at + int64(4 * LISTED)), int32(1)))] = keys[b]
+            b = int32(b + threads)
+        cuda.syncthreads()
+        lowest, reached, larger = smallest_of_class(words, size, int32(kept - above), lane)
+        reached, above = int32(above + reached), int32(above + larger)
+    else:
+        lowest, reached, above = smallest_chosen(logits, words, n, kept, smallest, largest, me)
+    return lowest, reached, above
 
 
 @device_function
@@ -196,38 +305,50 @@ def place_chosen(gates, keys, ratios, words, n, lowest, reached, room, softmax, 
     lanes_below = int32((int32(1) << lane) - 1)
     ties, chosen, first, area = int32(0), int32(0), int32(0), int32(0)
     while first < n:
-        b = int32(first + warp * LANES + lane)
-        key, value = LOWEST_KEY, np.float32(0)
+        # Two neighbours per thread.
+        b = int32(first + 2 * (warp * LANES + lane))
+        c = int32(b + 1)
+        key, value, next_key, next_value = LOWEST_KEY, np.float32(0), LOWEST_KEY, np.float32(0)
         if b < n:
             key, value = keys[b], gates[b]
-        taken = b < n and key >= lowest
+        if c < n:
+            next_key, next_value = keys[c], gates[c]
+        taken, next_taken = b < n and key >= lowest, c < n and next_key >= lowest
         if room >= 0:
-            tied = b < n and key == lowest
-            votes = cuda.ballot_sync(FULL_WARP, tied)
+            tied, next_tied = b < n and key == lowest, c < n and next_key == lowest
+            votes, next_votes = cuda.ballot_sync(FULL_WARP, tied), cuda.ballot_sync(FULL_WARP, next_tied)
             if lane == 0:
-                words[warp] = popcount(votes)
+                words[warp] = int32(popcount(votes) + popcount(next_votes))
             cuda.syncthreads()
             before, every = before_and_all(words, int32(0), me)
-            if tied and int32(ties + before + popcount(votes & lanes_below)) >= room:
+            rank = int32(ties + before + popcount(votes & lanes_below) + popcount(next_votes & lanes_below))
+            if tied and rank >= room:
                 taken = False
+            if next_tied and rank + int32(tied) >= room:
+                next_taken = False
             ties = int32(ties + every)
             area = int32(0)
         # Other warps may still read the counts of the turn before.
         area = int32(SECOND_COUNTS - area)
-        votes = cuda.ballot_sync(FULL_WARP, taken)
+        votes, next_votes = cuda.ballot_sync(FULL_WARP, taken), cuda.ballot_sync(FULL_WARP, next_taken)
         if lane == 0:
-            words[int32(area + warp)] = popcount(votes)
+            words[int32(area + warp)] = int32(popcount(votes) + popcount(next_votes))
         if softmax != 0:
-            value = exp_float32(value - pivot)
+            value, next_value = exp_float32(value - pivot), exp_float32(next_value - pivot)
         cuda.syncthreads()
         before, every = before_and_all(words, area, me)
+        place = int32(chosen + before + popcount(votes & lanes_below) + popcount(next_votes & lanes_below))
+        next_place = int32(place + int32(taken))
         if b < n:
             keys[b] = int32(-1)
             if taken:
-                place = int32(chosen + before + popcount(votes & lanes_below))
                 keys[b], ratios[place] = place, value
+        if c < n:
+            keys[c] = int32(-1)
+            if next_taken:
+                keys[c], ratios[next_place] = next_place, next_value
         chosen = int32(chosen + every)
-        first = int32(first + warps * LANES)
+        first = int32(first + 2 * warps * LANES)
 
 
 @device_function
@@ -270,14 +391,20 @@ def is_too_large(largest, maxima, me):
 
 
 @device_function
-def choose(gates, keys, ratios_at, words, maxima, n, kept, softmax, me):
-    """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
+def choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, me):
+    """Turn the logits of `n` blocks into `keys` and ratios (`place_chosen`). Returns True where a logit is not finite.
 
-    The caller synchronises the block before other threads than the own one read `gates`.
+    All threads must call it; the block is synchronised at the end.
     """
     lane, warp, warps = me
     thread, threads = int32(warp * LANES + lane), int32(warps * LANES)
-    ratios, bad, b, largest, smallest = shared_float32(ratios_at), int32(0), thread, LOWEST_KEY, MAGNITUDE
+    ratios, words = shared_float32(ratios_at), shared_int32(words_at)
+    bad, b, largest, smallest = int32(0), thread, LOWEST_KEY, MAGNITUDE
+    while b < CLASSES:
+        words[int32(CLASS_COUNTS + b)], b = int32(0), int32(b + threads)
+    if thread == 0:
+        words[LISTED] = int32(0)
+    b = thread
     while b < n:
         logit = gates[b] + np.float32(0)
         if logit - logit != 0:
@@ -296,29 +423,55 @@ def choose(gates, keys, ratios_at, words, maxima, n, kept, softmax, me):
     if lane < warps:
         largest, smallest = words[int32(LARGEST + lane)], words[int32(SMALLEST + lane)]
     largest, smallest = max_of_warp(largest), min_of_warp(smallest)
-    lowest, reached, above = smallest_chosen(keys, words, n, kept, smallest, largest, me)
+    lowest, reached, above = divided_choice(gates, keys, words_at, n, kept, smallest, largest, me)
     room, pivot = int32(-1), libdevice.int_as_float(key_of(largest))
     if reached != kept:
         room = int32(kept - above)
     place_chosen(gates, keys, ratios, words, n, lowest, reached, room, softmax, pivot, me)
     cuda.syncthreads()
-    if warp == 0:
-        if softmax == 0:
-            divide_by_largest(ratios, kept, lane)
-        # The largest ratio is 1, so that the factor is the largest gate.
-        factor, each = np.float32(n) / sum_in_order(ratios_at, kept), int32(0)
-        if lane < warps:
-            each = maxima[lane]
-        most = factor * libdevice.int_as_float(max_of_warp(each))
-        if lane == 0:
-            words[NOT_FINITE] = int32(not (factor - factor == 0 and most - most == 0))
-            words[FACTOR] = libdevice.float_as_int(factor)
-    cuda.syncthreads()
-    b, factor = thread, libdevice.int_as_float(words[FACTOR])
+    return faulty
+
+
+@device_function
+def find_factor(ratios_at, words_at, maxima, n, kept, softmax, warps, lane):
+    """In one warp: what the ratios are multiplied by, and whether gates and their products with inputs are finite."""
+    words = shared_int32(words_at)
+    if softmax == 0:
+        divide_by_largest(shared_float32(ratios_at), kept, lane)
+    # The largest ratio is 1, so that the factor is the largest gate.
+    factor, each = np.float32(n) / sum_in_order(ratios_at, kept), int32(0)
+    if lane < warps:
+        each = maxima[lane]
+    most = factor * libdevice.int_as_float(max_of_warp(each))
+    if lane == 0:
+        words[NOT_FINITE] = int32(not (factor - factor == 0 and most - most == 0))
+        words[FACTOR] = libdevice.float_as_int(factor)
+
+
+@device_function
+def write_gates(gates, keys, ratios_at, words_at, n, me):
+    """Write the gates. Returns True where they are not finite. The block is synchronised before, and by the caller
+    before other threads than the own one read `gates`."""
+    words, ratios = shared_int32(words_at), shared_float32(ratios_at)
+    b, threads, factor = int32(me[1] * LANES + me[0]), int32(me[2] * LANES), libdevice.int_as_float(words[FACTOR])
     while b < n:
         gate = np.float32(0)
         if keys[b] >= 0:
             gate = ratios[keys[b]] * factor
         gates[b] = gate
         b = int32(b + threads)
-    return faulty or words[NOT_FINITE] != 0
+    return words[NOT_FINITE] != 0
+
+
+@device_function
+def choose(gates, keys, ratios_at, words_at, maxima, n, kept, softmax, me):
+    """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
+
+    The caller synchronises the block before other threads than the own one read `gates`.
+    """
+    faulty = choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, me)
+    if me[1] == 0:
+        find_factor(ratios_at, words_at, maxima, n, kept, softmax, me[2], me[0])
+    cuda.syncthreads()
+    not_finite = write_gates(gates, keys, ratios_at, words_at, n, me)
+    return faulty or not_finite

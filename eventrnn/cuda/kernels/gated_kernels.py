@@ -225,7 +225,8 @@ def gated_rows_kernel(narrow: bool):
         input_pitch, active_pitch = int32(place[tables.INPUT_PITCH_OF]), int32(place[tables.ACTIVE_PITCH])
         inner_pitch, gates_pitch = int32(place[tables.INNER_PITCH]), int32(place[tables.GATES_PITCH])
         keys, ratios_at = shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS]
-        words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
+        words_at, maxima_at = shared + place[tables.AT_WORDS], shared + place[tables.AT_MAXIMA]
+        words = shared_int32(words_at)
         ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
         ones_at, offsets_at = shared + place[tables.AT_ONES], shared + place[tables.AT_OFFSETS]
         set_ones(ones_at, thread)
@@ -307,7 +308,7 @@ def gated_rows_kernel(narrow: bool):
                     left = int64(global_int32(left_before_at)[(row + sample) % batch])
                 if row_that_chose(row + sample, batch, period, left) >= 0:
                     bad = choose(
-                        *(shared_float32(gates_at + int64(4) * own_gates), keys, ratios_at, words),
+                        *(shared_float32(gates_at + int64(4) * own_gates), keys, ratios_at, words_at),
                         *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks),
                         *(int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX]), me),
                     )

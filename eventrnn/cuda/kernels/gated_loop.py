@@ -26,14 +26,23 @@ from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.cell_updates import UPDATES
 from eventrnn.cuda.kernels.gated_blocks import make_add_strip
-from eventrnn.cuda.kernels.gated_choice import FACTOR, choose, is_too_large
+from eventrnn.cuda.kernels.gated_choice import (
+    FACTOR,
+    choose,
+    choose_places,
+    find_factor,
+    is_too_large,
+    write_gates,
+)
+from eventrnn.cuda.kernels.gated_inputs import load_row
 from eventrnn.cuda.kernels.gated_kernels import (
     magnitude_bits,
     report,
     set_ones,
     strip_of_factor,
 )
-from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
+from eventrnn.cuda.kernels.gated_pieces import make_pieces
+from eventrnn.cuda.kernels.gated_strips import OwnStrips, Received, strip_of_item, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
     clock,
@@ -52,58 +61,6 @@ from eventrnn.cuda.kernels.ptx import (
     wait_for_copies,
 )
 from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGES, TAIL_BYTES
-
-
-@device_function
-def keep_input(inputs, active, row, left, at, r, padding, value):
-    """Write one of neighbouring units to its padded place; `left` units follow in its block row.
-
-    Returns the block row of the next unit and the units that are left in it.
-    """
-    inputs[int32(at + row * padding)] = value
-    if value != 0:
-        active[row] = int32(1)
-    left = int32(left - 1)
-    if left == 0:
-        row, left = int32(row + 1), r
-    return row, left
-
-
-@device_function
-def load_row(row_at, n, r, padding, inputs, active, maxima, me):
-    """Wait for a row of an event log of n units, and write it to shared memory. Returns whether a word did not come.
-
-    r, padding : rows of a block, and rows of zeros behind them in `inputs`
-    """
-    lane, warp, warps = me
-    at, missing, best = int32(4 * (warp * LANES + lane)), int32(0), int32(0)
-    while at < n:
-        # Before the words are here.
-        row = int32(at // r)
-        left = int32(r - (at - row * r))
-        a, b, c, d, complete = poll_event_log(row_at + int64(4) * at, int32(n - at))
-        if not complete:
-            missing = int32(1)
-        largest = int32(max(magnitude_bits(a), magnitude_bits(b), magnitude_bits(c), magnitude_bits(d)))
-        if left >= 4 and at + 4 <= n:
-            to = int32(at + row * padding)
-            inputs[to], inputs[int32(to + 1)], inputs[int32(to + 2)], inputs[int32(to + 3)] = a, b, c, d
-            if largest != 0:
-                active[row] = int32(1)
-        else:
-            row, left = keep_input(inputs, active, row, left, at, r, padding, a)
-            if at + 1 < n:
-                row, left = keep_input(inputs, active, row, left, int32(at + 1), r, padding, b)
-            if at + 2 < n:
-                row, left = keep_input(inputs, active, row, left, int32(at + 2), r, padding, c)
-            if at + 3 < n:
-                row, left = keep_input(inputs, active, row, left, int32(at + 3), r, padding, d)
-        best = int32(max(best, largest))
-        at = int32(at + 4 * LANES * warps)
-    best = max_of_warp(best)
-    if lane == 0:
-        maxima[warp] = best
-    return missing
 
 
 @device_function
@@ -130,6 +87,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
     spread    : blocks of a group of samples; tiles, samples : what a block owns
     """
     (add_strip, _, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
+    begin_pieces, end_pieces = make_pieces(narrow, LAYER_STAGE_BYTES)
     _, begin_strip, end_factor, add_piece = make_add_strip(False, LAYER_STAGE_BYTES)
     sums_offset = STAGES * LAYER_STAGE_BYTES
     ring_bytes = sums_offset + TAIL_BYTES
@@ -178,8 +136,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         inputs_at, active_at = shared + place[tables.AT_INPUTS], shared + place[tables.AT_ACTIVE]
         inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
         keys, ratios_at = shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS]
-        words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
-        ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
+        words_at, maxima_at = shared + place[tables.AT_WORDS], shared + place[tables.AT_MAXIMA]
+        words = shared_int32(words_at)
+        rings_at, workers = shared + place[tables.AT_RINGS], int32(place[tables.WORKERS])
+        ring_at, in_pieces = rings_at + int64(ring_bytes) * warp, int32(place[tables.IN_PIECES])
         ones_at = shared + place[tables.AT_ONES]
         drives_in_at, offsets_at = shared + place[tables.AT_DRIVES_IN], shared + place[tables.AT_OFFSETS]
         drives_in, drives_rec = (
@@ -327,8 +287,12 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         for_inner = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
         for_logits = Received(own_samples, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
         for_blocks = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
-        # The part of an own logit that a thread computes first.
-        of_strip = int32(parts * logit_width)
+        own_strips = OwnStrips(
+            *(block_values, offsets_at, width, stage, n_rows, grid_rows, padded, grid_columns, columns),
+            *(resident, resident_at, block_bytes),
+        )
+        # The part of an own logit that a thread computes first. A matrix without blocks has no logits.
+        of_strip = int32(max(1, parts * logit_width))
         first_strip = int32(thread // of_strip)
         first_part = int32(int32(thread - first_strip * of_strip) // logit_width)
         t = int64(0)
@@ -480,11 +444,11 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     return
             stamp(stamps_at, t, 3, thread)
             sample = int32(0)
-            while sample < own_samples:
+            while in_pieces == 0 and sample < own_samples:
                 own, sample_maxima = int32(2 * sample), shared_int32(maxima_at + int64(4 * LANES) * sample)
                 if held[own] == 0:
                     bad = choose(
-                        *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios_at, words),
+                        *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios_at, words_at),
                         *(sample_maxima, blocks, kept, softmax, me),
                     )
                     if thread == 0:
@@ -494,33 +458,51 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 if bad and thread == 0:
                     report(status_at, m[tables.NUMBER])
                 sample = int32(sample + 1)
+            # Warps with a strip begin it while the first one still sums the ratios.
+            item, pieces, resident_pieces = int32(warp - 1), none, none
+            if in_pieces != 0:
+                bad = False
+                if fresh != 0:
+                    bad = choose_places(gates, keys, ratios_at, words_at, blocks, kept, softmax, me)
+                if fresh != 0 and warp == 0:
+                    find_factor(ratios_at, words_at, shared_int32(maxima_at), blocks, kept, softmax, warps, lane)
+                if warp > 0 and item < own_tiles * n_gates:
+                    chosen, absent = keys, int32(-1)
+                    if fresh == 0:
+                        chosen, absent = shared_int32(gates_at), none
+                    tile, gate = next_item(none, item, n_gates)
+                    pieces, resident_pieces = begin_pieces(
+                        *(strip_of_item(own_strips, item, units[int32(2 * tile + 1)], lane), for_blocks),
+                        *(chosen, absent, rings_at + int64(ring_bytes) * item, lane),
+                    )
+                cuda.syncthreads()
+                if fresh != 0:
+                    bad = write_gates(gates, keys, ratios_at, words_at, blocks, me) or bad
+                    if thread == 0:
+                        held[0], held[1] = period, words[FACTOR]
+                else:
+                    bad = is_too_large(held[1], shared_int32(maxima_at), me)
+                if bad and thread == 0:
+                    report(status_at, m[tables.NUMBER])
             cuda.syncthreads()
             stamp(stamps_at, t, 4, thread)
 
             # The recurrent drives of the own tiles.
-            tile, gate, item = int32(0), warp, warp
-            while warp < workers:
+            if in_pieces != 0 and warp > 0 and item < own_tiles * n_gates:
+                tile, gate = next_item(none, item, n_gates)
+                acc = end_pieces(
+                    starts[int32(item * LANES + lane)],
+                    *(strip_of_item(own_strips, item, units[int32(2 * tile + 1)], lane), for_blocks),
+                    *(pieces, resident_pieces, rings_at + int64(ring_bytes) * item, lane),
+                )
+                drives_rec[int32(item * LANES + lane)] = acc
+            tile, gate, item = none, warp, warp
+            while in_pieces == 0 and warp < workers:
                 tile, gate = next_item(tile, gate, n_gates)
                 if tile >= own_tiles:
                     break
-                own, count = int32(item * LANES), units[int32(2 * tile + 1)]
-                strip_rows = StripRows(
-                    block_values,
-                    shared_int64(offsets_at + int64(8) * (item * grid_rows)),
-                    width,
-                    stage,
-                    n_rows,
-                    grid_rows,
-                    padded,
-                    grid_columns,
-                    columns[own],
-                    columns[int32(own + count - 1)],
-                    columns[int32(own + lane)],
-                    lane < count,
-                    resident,
-                    resident_at + block_bytes * int32(item * resident),
-                )
-                acc = add_strip(starts[int32(own + lane)], strip_rows, for_blocks, ring_at, lane)
+                strip_rows = strip_of_item(own_strips, item, units[int32(2 * tile + 1)], lane)
+                acc = add_strip(starts[int32(item * LANES + lane)], strip_rows, for_blocks, ring_at, lane)
                 sample = int32(0)
                 while sample < own_samples:
                     place_of = int32((sample * own_tiles * n_gates + item) * LANES + lane)

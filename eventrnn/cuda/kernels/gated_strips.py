@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import int32
+from numba import int32, int64
 
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.ptx import load_shared_float4, shared_float32, shared_int32
+from eventrnn.cuda.kernels.ptx import load_shared_float4, shared_float32, shared_int32, shared_int64
 from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import LANES
 
@@ -49,6 +49,29 @@ class StripRows(NamedTuple):
     resident_at: Any
 
 
+class OwnStrips(NamedTuple):
+    """The strips of the recurrent matrix that a block of threads owns."""
+
+    #: int64, address of the values of all strips
+    values_at: Any
+    #: int64, address of the offsets of the own strips in shared memory
+    offsets_at: Any
+    #: int32: columns of a strip, rows that are copied at a time, rows of all block rows, block rows, rows of a block,
+    #: and block columns
+    width: Any
+    stage_rows: Any
+    n_rows: Any
+    block_rows: Any
+    rows_of_block: Any
+    block_columns: Any
+    #: array of int32, block columns of the columns of all own strips, LANES each
+    columns: Any
+    #: int32, the first block rows, which are resident, their int64 address, and int64 bytes of a block row
+    resident: Any
+    resident_at: Any
+    block_bytes: Any
+
+
 class Received(NamedTuple):
     """Rows of inputs in shared memory, with what says which blocks they need; the docstring above has the shapes."""
 
@@ -62,6 +85,28 @@ class Received(NamedTuple):
     input_pitch: Any
     active_pitch: Any
     gates_pitch: Any
+
+
+@device_function
+def strip_of_item(strips, item, count, lane):
+    """A strip, of which `count` lanes have a column."""
+    own = int32(item * LANES)
+    return StripRows(
+        strips.values_at,
+        shared_int64(strips.offsets_at + int64(8) * (item * strips.block_rows)),
+        strips.width,
+        strips.stage_rows,
+        strips.n_rows,
+        strips.block_rows,
+        strips.rows_of_block,
+        strips.block_columns,
+        strips.columns[own],
+        strips.columns[int32(own + count - 1)],
+        strips.columns[int32(own + lane)],
+        lane < count,
+        strips.resident,
+        strips.resident_at + strips.block_bytes * int32(item * strips.resident),
+    )
 
 
 @device_function
@@ -143,3 +188,41 @@ def sum_of_sample(acc, sums, samples, sample, lane):
     if samples > 1:
         acc = sums[int32(sample * LANES + lane)]
     return acc
+
+
+@device_function
+def add8(acc, weights, inputs):
+    """The sum after eight terms."""
+    acc = cuda.fma(weights[0], inputs[0], acc)
+    acc = cuda.fma(weights[1], inputs[1], acc)
+    acc = cuda.fma(weights[2], inputs[2], acc)
+    acc = cuda.fma(weights[3], inputs[3], acc)
+    acc = cuda.fma(weights[4], inputs[4], acc)
+    acc = cuda.fma(weights[5], inputs[5], acc)
+    acc = cuda.fma(weights[6], inputs[6], acc)
+    return cuda.fma(weights[7], inputs[7], acc)
+
+
+def make_weights8(narrow: bool):
+    """The device function weights8(at, step) -> eight weights of a column, float32 or bfloat16, in shared memory.
+
+    at, step : address of the first ones, and from one group of rows to the next (`gated_matrix.RowStrips`)
+    """
+    if not narrow:
+        return load8
+
+    @device_function
+    def weights8(at, step):
+        a, b, c, d = load_shared_float4(at)
+        return (
+            lower_half(a),
+            upper_half(a),
+            lower_half(b),
+            upper_half(b),
+            lower_half(c),
+            upper_half(c),
+            lower_half(d),
+            upper_half(d),
+        )
+
+    return weights8

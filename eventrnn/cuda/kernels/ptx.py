@@ -304,20 +304,6 @@ def copy_async16_four(typingctx, target, source):
 
 
 @intrinsic
-def copy_async16_if(typingctx, target, source, flag):
-    """`copy_async16` unless the int32 `flag` is zero, without a branch."""
-
-    def generate(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [I32, I64, I32])
-        text = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.cg.shared.global [$0], [$1], 16; }"
-        operands = [builder.trunc(args[0], I32), args[1], args[2]]
-        builder.call(ir.InlineAsm(kind, text, "r,l,r,~{memory}", side_effect=True), operands)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int32), generate
-
-
-@intrinsic
 def add_relaxed(typingctx, address, value):
     """Add atomically to an int64 in global memory."""
 
@@ -440,6 +426,20 @@ barrier_try_wait = instruction(
     INT,
 )
 
+#: barrier: its memory may be used otherwise from now on
+barrier_end = instruction("mbarrier.inval.shared.b64 [$0];", f"r,{MEMORY}", NOTHING, INT)
+
+#: shared address, global address, bytes, barrier, which counts them: starts a copy; all are multiples of 16
+copy_bulk = instruction(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+    f"r,l,r,r,{MEMORY}",
+    NOTHING,
+    INT,
+    types.int64,
+    INT,
+    INT,
+)
+
 #: shared address in a block of the cluster, a word, barrier of that block, which counts its 4 bytes
 store_async = instruction(
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [$0], $1, [$2];",
@@ -536,10 +536,6 @@ commit_copies = instruction("cp.async.commit_group;", MEMORY, NOTHING)
 OPEN_GROUPS = 3
 wait_for_oldest_copies = instruction(f"cp.async.wait_group {OPEN_GROUPS};", MEMORY, NOTHING)
 
-#: wait until at most `OPEN_ROWS` groups of copies of this thread are incomplete, the latest ones
-OPEN_ROWS = 2
-wait_for_oldest_row = instruction(f"cp.async.wait_group {OPEN_ROWS};", MEMORY, NOTHING)
-
 #: one word of global memory that other blocks may be writing
 load_relaxed = instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
 
@@ -548,6 +544,10 @@ load_relaxed_int64 = instruction("ld.relaxed.sys.global.b64 $0, [$1];", f"=l,l,{
 store_relaxed_int64 = instruction(
     "st.relaxed.sys.global.b64 [$0], $1;", f"l,l,{MEMORY}", NOTHING, types.int64, types.int64
 )
+
+#: shared address of an int32 and a number: adds it; and the same, which returns what was there before
+add_shared = instruction("red.shared.add.s32 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+take_shared = instruction("atom.shared.add.s32 $0, [$1], $2;", f"=r,r,r,{MEMORY}", INT, INT, INT)
 
 #: address of an int32 and a number: adds it, and returns what was there before
 count_arrival = instruction("atom.relaxed.gpu.global.add.s32 $0, [$1], $2;", f"=r,l,r,{MEMORY}", INT, types.int64, INT)

@@ -1,0 +1,303 @@
+"""Products with gated blocks of one row of inputs, in pieces of block rows: device functions for one warp.
+
+begin_pieces : lists the pieces of a strip that some input and the gate need, and starts to copy some of them.
+end_pieces   : multiplies them in ascending order.
+
+A strip has one block column, and block rows of whole pieces (`gated_matrix.GatedMatrix.has_pieces`). The first block
+rows may be resident in shared memory; pieces of the others are copied to the ring of the strip, PIECES_AHEAD at a time,
+each by one lane.
+
+Rings, resident weights and inputs are those of `gated_blocks.py`. Behind the stages of its ring a warp has
+
+lists    : (LANES, 4) int32 and (LANES,) int64, which `list_pieces` describes
+scaled   : (2, PIECE) float32, inputs of the present and of the next piece times their gates
+barriers : (PIECES_AHEAD,) barriers, one per place of the ring, whose phases are copies of a piece
+"""
+
+from __future__ import annotations
+
+from numba import int32, int64
+
+from eventrnn.cuda.device import cuda, device_function
+from eventrnn.cuda.kernels.gated_strips import add8, load8, make_weights8
+from eventrnn.cuda.kernels.ptx import (
+    barrier_end,
+    barrier_expect_bytes,
+    barrier_init,
+    barrier_init_done,
+    barrier_try_wait,
+    copy_bulk,
+    load_shared4,
+    load_shared_float,
+    load_shared_float4,
+    shared_int32,
+    shared_int64,
+    store_shared_float4,
+)
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
+from eventrnn.cuda.tables import BARRIER_BYTES, LANES, LIST_BYTES, PIECE, SCALED_BYTES, STAGES
+
+# Rows that are multiplied per turn, and pieces that the ring has.
+TURN, PIECES_AHEAD = 32, 3
+
+assert BARRIER_BYTES >= 8 * PIECES_AHEAD, "every place of the ring has a barrier"
+assert PIECE == 1 << 7 == 4 * LANES, "`pieces_of` shifts by 7, and a warp multiplies a piece of inputs at once"
+
+
+@device_function
+def rows_of_piece(strip):
+    """Rows of a block row that are multiplied at a time."""
+    return int32(min(strip.rows_of_block, PIECE))
+
+
+@device_function
+def pieces_of(strip):
+    """Pieces of a block row. Divisions by numbers that the compiler does not know take hundreds of cycles."""
+    return int32(int32(strip.rows_of_block + int32(PIECE - 1)) >> int32(7))
+
+
+@device_function
+def wait_for_piece(barriers, slot, parity):
+    """Wait for the piece in a place of the ring. Returns the place and the parity of the next one."""
+    while barrier_try_wait(int32(barriers + int32(8) * slot), parity) == 0:
+        pass
+    slot = int32(slot + 1)
+    if slot == PIECES_AHEAD:
+        slot, parity = int32(0), int32(parity ^ 1)
+    return slot, parity
+
+
+@device_function
+def chosen_rows(strip, received, chosen, absent, lane):
+    """A mask of the block rows of a strip that the warp has to multiply. Each lane looks at one."""
+    needed = False
+    if lane < strip.block_rows and strip.offsets[lane] >= 0 and shared_int32(received.active_at)[lane] != 0:
+        needed = chosen[int32(strip.first_column + lane * strip.block_columns)] != absent
+    return int32(cuda.ballot_sync(FULL_WARP, needed))
+
+
+def make_pieces(narrow: bool, stage_bytes: int):
+    """The device functions begin_pieces and end_pieces for float32 weights, or for bfloat16 ones.
+
+    stage_bytes : a STAGES-th of the ring of a warp
+
+    begin_pieces(strip, received, chosen, absent, ring_at, lane) -> the pieces, and how many of them are resident.
+    chosen : (blocks,) int32 in shared memory, `absent` for blocks that are not needed. The gates need not be there yet
+
+    end_pieces(start, strip, received, count, resident, ring_at, lane) -> start + sum over j of weight * (gate * input).
+    """
+    size, weights8 = 2 if narrow else 4, make_weights8(narrow)
+
+    @device_function
+    def list_pieces(strip, received, chosen, absent, ring_at, lists_at, lane):
+        """List the pieces of the block rows of a strip that the warp needs. Returns how many they are, and how many of
+        them are resident.
+
+        lists_at : address of (LANES, 4) int32: of each piece the place of its weights after `ring_at`, the place of its
+                   inputs, and the address of its gate; then of (LANES,) int64, offsets of those that are not
+                   resident
+        """
+        rows, pieces = rows_of_piece(strip), pieces_of(strip)
+        piece_bytes = int32(int32(rows * size) * strip.width)
+        mask = chosen_rows(strip, received, chosen, absent, lane)
+        resident = int32(mask & int32((int32(1) << strip.resident) - 1))
+        before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident) * pieces)
+        # The lists of the strip before are not read any more.
+        cuda.syncwarp(FULL_WARP)
+        if (mask >> lane) & 1:
+            entries, offsets = shared_int32(lists_at), shared_int64(lists_at + int64(16 * LANES))
+            gate_at = int32(received.gates_at + int64(4) * int32(strip.first_column + lane * strip.block_columns))
+            rank, piece = int32(popcount(before) * pieces), int32(0)
+            while piece < pieces:
+                place = int32(int32(strip.resident_at - ring_at) + piece_bytes * int32(lane * pieces + piece))
+                if lane >= strip.resident:
+                    streamed = int32(rank - in_ring)
+                    offsets[streamed] = strip.offsets[lane] + int64(piece * rows) * strip.width
+                    # The remainder by three: the shifted product is the quotient for numbers below 32.
+                    place = int32(piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5))))
+                entries[int32(4 * rank)] = place
+                entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))
+                entries[int32(4 * rank + 2)] = gate_at
+                rank, piece = int32(rank + 1), int32(piece + 1)
+        cuda.syncwarp(FULL_WARP)
+        return int32(popcount(mask) * pieces), in_ring
+
+    @device_function
+    def copy_piece(strip, offset, target_at, barrier):
+        """Start copying the piece at an offset to `target_at`, and a phase of the barrier. For one lane."""
+        piece_bytes = int32(rows_of_piece(strip) * strip.width * size)
+        barrier_expect_bytes(barrier, piece_bytes)
+        copy_bulk(int32(target_at), strip.values_at + offset * size, piece_bytes, barrier)
+
+    @device_function
+    def refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane):
+        """Start copying the next piece to the place of the last one, if that was copied.
+
+        done, copied : pieces that were multiplied, and copies that were started; free : the place of the last one
+
+        Returns the new `copied` and `free`.
+        """
+        # All lanes have read the weights and the inputs of the last piece.
+        cuda.syncwarp(FULL_WARP)
+        if done > resident and copied < streamed:
+            if lane == 0:
+                piece_bytes = int64(rows_of_piece(strip) * size) * strip.width
+                copy_piece(strip, offsets[copied], ring_at + piece_bytes * free, int32(barriers + int32(8) * free))
+            copied, free = int32(copied + 1), int32(free + 1)
+            if free == PIECES_AHEAD:
+                free = int32(0)
+        return copied, free
+
+    @device_function
+    def add_turn(acc, step, w_at, x_at, next_w, next_x, a, p, b, q, c, r):
+        """Add the terms of 32 rows, of which weights and inputs of the first 24 are in six sets of registers.
+
+        w_at, x_at     : addresses of the lane's weights and of the inputs of these rows
+        next_w, next_x : the same of the rows of the next turn, of which the first 24 are loaded
+
+        Returns the sum and the sets of the next turn.
+        """
+        next8, sixteen = int64(1 if narrow else 2) * step, int64(16)
+        d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
+        acc = add8(acc, a, p)
+        next_a, next_p = weights8(next_w, step), load8(next_x, sixteen)
+        acc = add8(acc, b, q)
+        next_b, next_q = weights8(next_w + next8, step), load8(next_x + int64(32), sixteen)
+        acc = add8(acc, c, r)
+        next_c, next_r = weights8(next_w + 2 * next8, step), load8(next_x + int64(64), sixteen)
+        acc = add8(acc, d, s)
+        return acc, next_a, next_p, next_b, next_q, next_c, next_r
+
+    @device_function
+    def keep_scaled(to_at, gate, a, b, c, d):
+        """Write four inputs times their gate."""
+        store_shared_float4(int32(to_at), gate * a, gate * b, gate * c, gate * d)
+
+    @device_function
+    def begin_pieces(strip, received, chosen, absent, ring_at, lane):
+        lists_at, piece_bytes = (
+            ring_at + int64(STAGES * stage_bytes),
+            int64(rows_of_piece(strip) * size) * strip.width,
+        )
+        count, resident = list_pieces(strip, received, chosen, absent, ring_at, lists_at, lane)
+        offsets = shared_int64(lists_at + int64(16 * LANES))
+        barriers, copied = int32(lists_at + int64(LIST_BYTES + SCALED_BYTES)), int32(0)
+        if lane < PIECES_AHEAD:
+            barrier_init(int32(barriers + int32(8) * lane), int32(1))
+        barrier_init_done()
+        cuda.syncwarp(FULL_WARP)
+        while copied < min(int32(count - resident), int32(PIECES_AHEAD)):
+            if lane == 0:
+                copy_piece(strip, offsets[copied], ring_at + piece_bytes * copied, int32(barriers + int32(8) * copied))
+            copied = int32(copied + 1)
+        return count, resident
+
+    @device_function
+    def end_pieces(acc, strip, received, count, resident, ring_at, lane):
+        rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
+        scaled_at, offsets = lists_at + int64(LIST_BYTES), shared_int64(lists_at + int64(16 * LANES))
+        barriers, streamed = int32(scaled_at + int64(SCALED_BYTES)), int32(count - resident)
+        copied = int32(min(streamed, int32(PIECES_AHEAD)))
+        if count > 0:
+            # Lanes without a column read what another lane reads.
+            own_at = ring_at + int64(16) * min(lane, int32(strip.width - 1))
+            raw_at, to_at = received.inputs_at + int64(16) * lane, scaled_at + int64(16) * lane
+            step, next8, sixteen = int64(16) * strip.width, int64(8 * size) * strip.width, int64(16)
+            # The entry of the next piece.
+            entry_at, last_at = int32(lists_at), int32(int32(lists_at) + int32(16 * int32(count - 1)))
+            place, raw, first_gate, _ = load_shared4(entry_at)
+            v0, v1, v2, v3 = load_shared_float4(raw_at + int64(raw))
+            gate = load_shared_float(first_gate)
+            keep_scaled(to_at, gate, v0, v1, v2, v3)
+            entry_at = int32(min(int32(entry_at + int32(16)), last_at))
+            next_place, next_raw, next_gate, _ = load_shared4(entry_at)
+            # The streamed piece that is waited for next: its place in the ring, and the parity of its phase.
+            done, half, slot, parity, free = int32(0), int32(0), int32(0), int32(0), int32(0)
+            if resident == 0:
+                slot, parity = wait_for_piece(barriers, slot, parity)
+            # The other lanes have multiplied parts of the inputs of the piece.
+            cuda.syncwarp(FULL_WARP)
+            w_at, x_at = own_at + int64(place), scaled_at
+            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
+            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
+            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
+            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+            whole = rows == PIECE
+            while whole and done < count:
+                # Like the next loop, of pieces of PIECE rows, of which the sums are one sequence.
+                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane)
+                done = int32(done + 1)
+                t0, t1, t2, t3 = load_shared_float4(raw_at + int64(next_raw))
+                entry_at = int32(min(int32(entry_at + int32(16)), last_at))
+                further_place, further_raw, further_gate, _ = load_shared4(entry_at)
+                w_1, w_2, w_3 = w_at + 4 * next8, w_at + 8 * next8, w_at + 12 * next8
+                x_1, x_2, x_3 = x_at + int64(128), x_at + int64(256), x_at + int64(384)
+                acc, wa_1, xa_1, wb_1, xb_1, wc_1, xc_1 = add_turn(
+                    *(acc, step, w_at, x_at, w_1, x_1),
+                    *((a0, a1, a2, a3, a4, a5, a6, a7), (p0, p1, p2, p3, p4, p5, p6, p7)),
+                    *((b0, b1, b2, b3, b4, b5, b6, b7), (q0, q1, q2, q3, q4, q5, q6, q7)),
+                    *((c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7)),
+                )
+                acc, wa_2, xa_2, wb_2, xb_2, wc_2, xc_2 = add_turn(
+                    acc, step, w_1, x_1, w_2, x_2, wa_1, xa_1, wb_1, xb_1, wc_1, xc_1
+                )
+                acc, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3 = add_turn(
+                    acc, step, w_2, x_2, w_3, x_3, wa_2, xa_2, wb_2, xb_2, wc_2, xc_2
+                )
+                half, factor = int32(half ^ int32(4 * PIECE)), load_shared_float(next_gate)
+                keep_scaled(to_at + int64(half), factor, t0, t1, t2, t3)
+                w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
+                if done >= resident and done < count:
+                    slot, parity = wait_for_piece(barriers, slot, parity)
+                # All lanes have written the inputs of the next piece.
+                cuda.syncwarp(FULL_WARP)
+                (
+                    acc,
+                    (a0, a1, a2, a3, a4, a5, a6, a7),
+                    (p0, p1, p2, p3, p4, p5, p6, p7),
+                    (b0, b1, b2, b3, b4, b5, b6, b7),
+                    (q0, q1, q2, q3, q4, q5, q6, q7),
+                    (c0, c1, c2, c3, c4, c5, c6, c7),
+                    (r0, r1, r2, r3, r4, r5, r6, r7),
+                ) = add_turn(acc, step, w_3, x_3, w_at, x_at, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3)
+                next_place, next_raw, next_gate = further_place, further_raw, further_gate
+            while done < count:
+                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane)
+                done = int32(done + 1)
+                u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
+                entry_at = int32(min(int32(entry_at + int32(16)), last_at))
+                later_place, later_raw, later_gate, _ = load_shared4(entry_at)
+                half, scale, turn = int32(half ^ int32(4 * PIECE)), load_shared_float(next_gate), int32(TURN)
+                keep_scaled(to_at + int64(half), scale, u0, u1, u2, u3)
+                if done >= resident and done < count:
+                    slot, parity = wait_for_piece(barriers, slot, parity)
+                cuda.syncwarp(FULL_WARP)
+                while turn <= rows:
+                    next_w, next_x = w_at + 4 * next8, x_at + int64(128)
+                    if turn == rows:
+                        next_w, next_x = own_at + int64(next_place), scaled_at + int64(half)
+                    (
+                        acc,
+                        (a0, a1, a2, a3, a4, a5, a6, a7),
+                        (p0, p1, p2, p3, p4, p5, p6, p7),
+                        (b0, b1, b2, b3, b4, b5, b6, b7),
+                        (q0, q1, q2, q3, q4, q5, q6, q7),
+                        (c0, c1, c2, c3, c4, c5, c6, c7),
+                        (r0, r1, r2, r3, r4, r5, r6, r7),
+                    ) = add_turn(
+                        *(acc, step, w_at, x_at, next_w, next_x),
+                        *((a0, a1, a2, a3, a4, a5, a6, a7), (p0, p1, p2, p3, p4, p5, p6, p7)),
+                        *((b0, b1, b2, b3, b4, b5, b6, b7), (q0, q1, q2, q3, q4, q5, q6, q7)),
+                        *((c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7)),
+                    )
+                    turn, w_at, x_at = int32(turn + TURN), next_w, next_x
+                next_place, next_raw, next_gate = later_place, later_raw, later_gate
+        # No phase is waited for any more.
+        cuda.syncwarp(FULL_WARP)
+        if lane < PIECES_AHEAD:
+            barrier_end(int32(barriers + int32(8) * lane))
+        return acc
+
+    return begin_pieces, end_pieces
