@@ -99,12 +99,7 @@ def fewer_operations() -> Finding | None:
 
 def beats_gru() -> Finding | None:
     """The best dense networks of the two cells with the whole vocabulary; where there are none, two small ones."""
-    dense = [line for line in pruning_claims.swept() if line["pruning.method"] is None]
-    of = {cell: [line for line in dense if line["model.cell"] == cell] for cell in ("egru", "gru")}
-    ours, theirs = (pruning_claims.best_dense(lines) for lines in of.values())
-    if both := ours.keys() & theirs.keys():
-        epochs = max(both)
-        pair = pruning_claims.Pair(theirs[epochs], ours[epochs], theirs[most] if (most := max(theirs)) > epochs else [])
+    if pair := pruning_claims.of_cells("egru", "gru"):
         egru, gru = (pruning_claims.perplexity(lines) for lines in (pair.pruned, pair.dense))
         text = f"EGRU {egru:.1f}, GRU {gru:.1f} on the validation text"
         return Finding(f"{text}; {pair.where}", pair.verdict(1.0), pair.lines)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
-from pruning_claims import block_of
+from pruning_claims import best_dense, block_of, by_seed, perplexity, rule_of, size_of
 
 from eventrnn.canvas import BLUE, GREY, HUES, INK, MARKS, ORANGE, new_figure, plain_axes, saved
 from eventrnn.pruning.nm import mask_diversity
@@ -105,27 +106,32 @@ def points(lines: list[dict]) -> list[dict]:
 
 
 def draw_pruned(lines: list[dict], figures: Path) -> None:
-    """Draw perplexity over sparsity by rule and block, and over the diversity of masks, for the cell of the first line
-    and the epochs of its dense network."""
-    same = [line for line in lines if all(line[key] == lines[0][key] for key in ("model.cell", "training.epochs"))]
-    dense = [line["perplexity_valid"] for line in same if line["pruning.method"] is None]
+    """Draw perplexity over sparsity by rule and block, and over the diversity of masks, for the network and the number
+    of epochs with the most lines. A point is the mean over seeds: of the training that reads best, and for masks of the
+    one that most patterns have in common."""
+    size = Counter(map(size_of, lines)).most_common(1)[0][0]
+    same = [line for line in lines if size_of(line) == size and not line["converted"]]
+    dense = [perplexity(group) for group in best_dense(same).values()]
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    masks: list[tuple[str, float, float]] = []
-    for line in same:
-        if line["pruning.nm"] and not line["converted"]:
-            masks.append((line["pruning.nm"], diversity(line["pruning.nm"]), line["perplexity_valid"]))
-        elif line["pruning.sparsity"] and line["model.hidden"] == lines[0]["model.hidden"]:
+    masked: dict[tuple, list[tuple[str, float, float]]] = {}
+    for group in sorted(by_seed(same), key=perplexity):
+        line, value = group[0], perplexity(group)
+        if line["pruning.nm"]:
+            way = tuple(each for each in rule_of(line) if each[0] != "pruning.nm")
+            masked.setdefault(way, []).append((line["pruning.nm"], diversity(line["pruning.nm"]), value))
+        elif line["pruning.sparsity"]:
             rule = line["pruning.scope"] or line["pruning.method"]
-            point = (line["pruning.sparsity"], line["perplexity_valid"])
-            panels.setdefault(rule, {}).setdefault(block_of(line), []).append(point)
-    shares = {share for panel in panels.values() for points in panel.values() for share, _ in points}
-    if dense and len(shares) > 1:
-        pruning_curves(panels, float(np.mean(dense)), path=figures / "blocks.png")
+            points = panels.setdefault(rule, {}).setdefault(block_of(line), [])
+            if line["pruning.sparsity"] not in [share for share, _ in points]:
+                points.append((line["pruning.sparsity"], value))
+    if dense and any(len(points) > 1 for panel in panels.values() for points in panel.values()):
+        pruning_curves(panels, dense[0], path=figures / "blocks.png")
         print(f"wrote {figures / 'blocks.png'}: {len(same)} points")
     else:
-        print("blocks.png: not drawn, it needs the dense network and two sparsities")
+        print("blocks.png: not drawn, it needs the dense network and two sparsities of a rule and a block")
+    masks = max(masked.values(), key=len, default=[])
     if dense and len(masks) > 1:
-        draw_diversity(masks, float(np.mean(dense)), figures / "diversity.png")
+        draw_diversity(masks, dense[0], figures / "diversity.png")
         print(f"wrote {figures / 'diversity.png'}: {len(masks)} points")
     else:
         print("diversity.png: not drawn, it needs the dense network and two patterns of masks")
@@ -143,8 +149,8 @@ def draw_diversity(masks: list[tuple[str, float, float]], dense: float, path: Pa
     figure = new_figure(5.2, 3.4)
     panel = figure.subplots()
     panel.axhline(dense, color=GREY, linewidth=1, linestyle="--", label="not pruned")
-    for k, (name, bits, perplexity) in enumerate(sorted(masks)):
-        panel.scatter([bits], [perplexity], color=HUES[k % len(HUES)], marker=MARKS[k % len(MARKS)], label=name)
+    for k, (name, bits, value) in enumerate(sorted(masks)):
+        panel.scatter([bits], [value], color=HUES[k % len(HUES)], marker=MARKS[k % len(MARKS)], label=name)
     panel.set(xlabel="bits per weight to choose a mask", ylabel="perplexity (validation)")
     panel.legend(fontsize=8, frameon=False)
     plain_axes(panel)

@@ -1,4 +1,4 @@
-"""Pruned networks on the text of the Penn Treebank, as sweeps (after Narang et al. and Hubara et al.).
+"""Pruned word models of the Penn Treebank, and small character models, as sweeps (Narang et al., Hubara et al.).
 
     python experiments/pruning_sweep.py plan gru.toml --cell gru             # what is trained
     eventrnn sweep gru.toml --out sweep-gru --workers 4                      # trains it on a GPU
@@ -8,11 +8,10 @@
 
 A point is trained from random weights to its last epoch: dense, or pruned by one of RULES to a sparsity in one of
 BLOCKS, or with N:M masks of MASKS. The learning rate falls from half-way on, so that every training ends where it stops
-improving; a dense network that is trained for twice as long shows by how much that is not so. There are two networks:
-the one of `--hidden`, and a smaller one of half of its units. The larger is pruned to 90 %, and also to the weights of
-the smaller one; masks and rules are compared on the smaller one. Words are the whole vocabulary; their embedding is
-also the read-out and as wide as the last layer, and is not pruned. The second task, `characters`, is the same text by
-characters, for one layer with a read-out of its own.
+improving; a dense network that is trained for twice as long shows by how much that is not so. Networks whose layers
+but the last are larger are pruned to the weights of the dense one. Words are the whole vocabulary; their embedding is
+also the read-out and as wide as the last layer, and is not pruned. The second task, `characters`, is Python's
+documentation for small networks, which a CPU can train; their read-out is not pruned either.
 
 A sweep has one or several of PARTS, in the order in which they are named, so that a sweep that is cut short has whole
 answers. `collect` takes the figures of the runs and adds the bytes of the model file in each of STORAGES. `convert`
@@ -33,7 +32,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from pruning_claims import best_dense, perplexity
+from pruning_claims import best_dense, perplexity, size_of, weights
 from records import Records
 from rich.console import Console
 from rich.table import Table
@@ -52,49 +51,102 @@ from eventrnn.training.recipes.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "pruning_sweep.jsonl"
 
-# The recipe that all points share. Trainings are short and the networks small, which takes less noise. A matrix with a
-# share of its weights has the DropConnect of a dense one times the root of the share (Han et al. 2015, section 3.2, of
-# dropout): at 90 % a third. With all of it a pruned network learns the training text much worse than the dense one.
-PRESET = "egru-ptb"
-NOISE = {"dropout_input": 0.4, "dropout_top": 0.4}
-
-# DropConnect of the larger and of the smaller dense network.
-DROPCONNECT = (0.4, 0.25)
-
-# Validations take a tenth of the time of a training where there is one after every epoch.
-BETWEEN_VALIDATIONS = 824
-
-# The recipe of characters: 5 million of them, 50 different ones.
-CHARACTERS: dict[str, Any] = {
-    "data.kind": "character",
-    "model.embedding": 128,
-    "model.tied": False,
-    "training.window": 128,
-    "training.regularisers.dropout_input": 0.0,
-    "training.regularisers.dropout_words": 0.0,
-    "training.regularisers.dropout_between": 0.0,
-    "training.regularisers.dropout_top": 0.2,
-}
-OF_CHARACTERS = 1024
-
 # Settings in which points differ, beside those of all points of a sweep that a line also holds. What neither has is
 # that of the preset.
 RULE = ("method", "nm", "block", "sparsity", "statistic", "scope", "exempt", "since", "until", "strength")
 NOISES = tuple(f"training.regularisers.dropout_{name}" for name in ("input", "words", "between", "top"))
-RATES = ("training.learning_rate", "training.schedule.constant", "training.weight_decay")
+RATES = (
+    *("training.learning_rate", "training.weight_decay"),
+    *("training.schedule.constant", "training.schedule.warmup"),
+)
 # A network that `convert` made has the name of the one that it began with.
 TRAINED = ("training.regularisers.dropconnect", "training.epochs", "training.seed")
 AXES = ("model.hidden", *(f"pruning.{name}" for name in RULE), *NOISES, *RATES, *TRAINED, "converted")
 SHARED = ("data.text", "data.kind", "model.cell", "model.embedding", "training.precision")
 KEY = (*SHARED, *AXES)
 
-FIRST, OTHERS = 0.9, (0.8, 0.95)
 SINGLE, BLOCKS = (1, 1), ((1, 16), (4, 4), (16, 16), (32, 32))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A text, and how networks learn it.
+
+    preset      : the recipe to start from
+    text        : as of `data.text`
+    hidden      : units of the layers; the embedding is as wide as the last of them
+    epochs      : passes over the text
+    rate        : learning rate
+    dropconnect : of the dense network and of a larger one
+    blocks      : that the matrices can have
+    sparsities  : beside 90 %
+    settings    : further settings of the recipe
+    exempt      : matrices that are not pruned, beside an embedding that is also the read-out
+
+    A matrix with a share of its weights has the DropConnect of a dense one times the root of the share (Han et al.
+    2015, section 3.2, of dropout): at 90 % a third. With all of it a pruned network learns the training text much worse
+    than the dense one. Half of the weights, in N:M masks, overfit as the dense network does, and take as much as that.
+    """
+
+    preset: str
+    text: str
+    hidden: tuple[int, ...]
+    epochs: int
+    rate: float
+    dropconnect: tuple[float, float]
+    blocks: tuple[tuple[int, int], ...]
+    sparsities: tuple[float, ...]
+    settings: dict[str, Any]
+    exempt: tuple[str, ...] = ()
+
+
+# Trainings are short, which takes less noise than the preset has. Without a warm-up, some seeds of 1024 units and all
+# networks of 2048 units that were tried lost many epochs or learnt next to nothing. A validation after every epoch
+# would take a tenth of the time.
+TASKS = {
+    "words": Task(
+        "egru-ptb",
+        "ptb",
+        (1024, 512),
+        epochs=40,
+        rate=1.5e-3,
+        dropconnect=(0.35, 0.45),
+        blocks=BLOCKS,
+        sparsities=(0.8, 0.95),
+        settings={
+            "training.schedule.constant": 0.5,
+            "training.schedule.warmup": 400,
+            "training.validate_every": 824,
+            "training.regularisers.dropout_input": 0.4,
+            "training.regularisers.dropout_top": 0.4,
+        },
+    ),
+    "characters": Task(
+        "characters",
+        "builtin",
+        (128, 64),
+        epochs=20,
+        rate=4e-3,
+        dropconnect=(0.0, 0.0),
+        blocks=((1, 16), (4, 4)),
+        sparsities=(0.8,),
+        settings={
+            "data.kind": "character",
+            "model.tied": False,
+            "training.schedule.constant": 0.5,
+            "training.schedule.warmup": 100,
+        },
+        # A read-out that is tied to an embedding of so few symbols learns their frequencies, and for long nothing else.
+        exempt=("readout",),
+    ),
+}
+
+FIRST = 0.9
 
 # Rules for blocks. The first two are those of Narang et al., without and with the group lasso. Both compare the largest
 # weight of a block with a threshold. The last one compares norms, and leaves every group of units the same number of
 # blocks, so that none is cut off; with large blocks a layer has few of them.
-SPAN = {"since": 0.2, "until": 0.6}
+SPAN = {"since": 0.3, "until": 0.7}
 RULES: dict[str, dict[str, Any]] = {
     "threshold": {"method": "threshold", **SPAN},
     "lasso": {"method": "lasso", **SPAN},
@@ -104,8 +156,8 @@ BEST = "column"
 
 # What else was tried with the largest blocks, each beside the best known rule in one respect.
 ARMS: tuple[dict[str, Any], ...] = (
-    {},
     {"pruning.since": 0.05, "pruning.until": 0.4},
+    {"pruning.since": 0.2, "pruning.until": 0.6},
     {
         "training.regularisers.dropout_input": 0.25,
         "training.regularisers.dropout_words": 0.05,
@@ -114,11 +166,8 @@ ARMS: tuple[dict[str, Any], ...] = (
     {TRAINED[0]: 0.2},
     {"training.learning_rate": 3e-3},
     {"training.weight_decay": 0.03},
-    {"pruning.scope": "matrix"},
     {"training.schedule.constant": 0.7},
-    {"pruning.since": 0.4, "pruning.until": 0.8},
-    {TRAINED[0]: 0.0},
-    {"pruning.statistic": "max"},
+    {"pruning.scope": "matrix"},
 )
 
 # Masks are drawn once, from weights that have learnt.
@@ -138,97 +187,95 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @dataclass(frozen=True)
 class Plan:
-    """The points of a sweep.
+    """The points of a sweep of `task`.
 
-    hidden      : units of the layers of the larger network
-    epochs      : of every training but those for twice as long
-    seeds       : the seed of every training, one after the other
-    dropconnect : of the larger and of the smaller dense network
+    larger : units of all layers but the last in larger networks, as a multiple
+    seeds  : the seed of every training, one after the other
     """
 
-    hidden: list[int]
-    epochs: int
+    task: Task
+    larger: float
     seeds: list[int]
-    dropconnect: tuple[float, float] = DROPCONNECT
 
     @property
-    def smaller(self) -> list[int]:
-        """Half of the units in all layers but the last one, or in the only one."""
-        last = len(self.hidden) > 1
-        return [*(units // 2 for units in self.hidden[: len(self.hidden) - last]), *self.hidden[-1:] * last]
+    def hidden(self) -> list[int]:
+        """The units of the layers."""
+        return list(self.task.hidden)
+
+    @property
+    def wide(self) -> list[int]:
+        """The units of the larger network."""
+        return [*(int(self.larger * units) for units in self.hidden[:-1]), self.hidden[-1]]
 
     def one(
-        self, seed: int, units: list[int], *, longer: int = 1, left: float | None = None, **rule: Any
+        self, seed: int, units: list[int] | None = None, *, longer: int = 1, left: float | None = None, **rule: Any
     ) -> dict[str, Any]:
         """A point. left : the share of the weights by which DropConnect goes, where it is not that of the rule"""
-        kept = left or (0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0))
-        dropconnect = self.dropconnect[units != self.hidden]
-        trained = (round(dropconnect * kept**0.5, 3), longer * self.epochs, seed)
+        units = units or self.hidden
+        kept = left or 1 - rule.get("sparsity", 0.0)
+        dropconnect = self.task.dropconnect[units != self.hidden]
+        trained = (round(dropconnect * kept**0.5, 3), longer * self.task.epochs, seed)
         own = {"model.hidden": units} | dict(zip(TRAINED, trained, strict=True))
+        if rule and self.task.exempt:
+            rule["exempt"] = list(self.task.exempt)
         return own | {f"pruning.{name}": value for name, value in rule.items()}
 
+    def pruned(
+        self, seed: int, rule: str, sparsity: float, block: tuple[int, int], units: list[int] | None = None
+    ) -> dict[str, Any]:
+        """A point that is pruned in blocks."""
+        return self.one(seed, units, **RULES[rule], block=list(block), sparsity=sparsity)
+
     def dense(self, seed: int) -> list[dict[str, Any]]:
-        """Both networks."""
-        return [self.one(seed, self.hidden), self.one(seed, self.smaller)]
+        """The dense network."""
+        return [self.one(seed)]
 
     def noise(self, seed: int) -> list[dict[str, Any]]:
-        """Both networks with less noise, so that it is no advantage of the pruned ones."""
-        return [self.one(seed, units, left=left) for units in (self.hidden, self.smaller) for left in (0.5, 1 - FIRST)]
+        """The dense network with more noise and with less, so that it is no advantage of the pruned ones."""
+        return [self.one(seed, left=left) for left in (2.0, 0.5, 1 - FIRST)]
 
     def longer(self, seed: int) -> list[dict[str, Any]]:
-        """Both networks, trained for twice as long."""
-        return [self.one(seed, units, longer=2) for units in (self.smaller, self.hidden)]
+        """The dense network, trained for twice as long."""
+        return [self.one(seed, longer=2)]
 
     def blocks(self, seed: int) -> list[dict[str, Any]]:
-        """The larger network, 90 % pruned by the best known rule."""
-        return [self.one(seed, self.hidden, **RULES[BEST], block=list(b), sparsity=FIRST) for b in BLOCKS]
-
-    def shrunk(self, seed: int) -> list[dict[str, Any]]:
-        """The larger network, pruned to the weights of the smaller one."""
-        share = round(1 - weights(self.smaller) / weights(self.hidden), 4)
-        return [self.one(seed, self.hidden, **RULES[BEST], block=list(b), sparsity=share) for b in BLOCKS]
-
-    def rules(self, seed: int) -> list[dict[str, Any]]:
-        """The smaller network, 90 % pruned by each rule; the best one with the largest blocks is among the arms."""
-        pairs = [pair for pair in product(BLOCKS, RULES) if pair != (BLOCKS[-1], BEST)]
-        return [self.one(seed, self.smaller, **RULES[rule], block=list(b), sparsity=FIRST) for b, rule in pairs]
+        """90 % pruned by the best known rule."""
+        return [self.pruned(seed, BEST, FIRST, block) for block in self.task.blocks]
 
     def arms(self, seed: int) -> list[dict[str, Any]]:
-        """The smaller network, 90 % pruned in the largest blocks by what is in ARMS."""
-        best = self.one(seed, self.smaller, **RULES[BEST], block=list(BLOCKS[-1]), sparsity=FIRST)
-        return [best | arm for arm in ARMS]
+        """90 % pruned in the largest blocks by what is in ARMS."""
+        return [self.pruned(seed, BEST, FIRST, self.task.blocks[-1]) | arm for arm in ARMS]
+
+    def shrunk(self, seed: int) -> list[dict[str, Any]]:
+        """The larger network, pruned to the weights of the dense one."""
+        share = round(1 - weights(self.hidden) / weights(self.wide), 4)
+        return [self.pruned(seed, BEST, share, block, self.wide) for block in self.task.blocks]
+
+    def rules(self, seed: int) -> list[dict[str, Any]]:
+        """90 % pruned by the other rules."""
+        others = [rule for rule in RULES if rule != BEST]
+        return [self.pruned(seed, rule, FIRST, block) for block, rule in product(self.task.blocks, others)]
 
     def masks(self, seed: int) -> list[dict[str, Any]]:
-        """The smaller network with N:M masks, and with half of its single weights."""
+        """N:M masks, and half of the single weights."""
         drawn = {"method": "magnitude", "since": MASKED_SINCE}
-        return [
-            *(self.one(seed, self.smaller, **drawn, nm=pattern) for pattern in MASKS),
-            self.one(seed, self.smaller, **HALF),
-        ]
+        return [*(self.one(seed, **drawn, nm=pattern) for pattern in MASKS), self.one(seed, **HALF)]
 
     def curve(self, seed: int) -> list[dict[str, Any]]:
-        """The larger network at other sparsities, and in single weights."""
-        pairs = [*product(OTHERS, [SINGLE, *BLOCKS]), (FIRST, SINGLE)]
-        return [self.one(seed, self.hidden, **RULES[BEST], block=list(b), sparsity=share) for share, b in pairs]
-
-    def characters(self, seed: int) -> list[dict[str, Any]]:
-        """One layer that reads characters: dense, with N:M masks, and dense for twice as long."""
-        drawn = {"method": "magnitude", "since": MASKED_SINCE, "exempt": ["readout"]}
-        points = [self.one(seed, self.smaller), *(self.one(seed, self.smaller, **drawn, nm=nm) for nm in MASKS[:2])]
-        return [*points, *([self.one(seed, self.smaller, longer=2)] if seed == 0 else [])]
+        """Other sparsities, and single weights."""
+        pairs = [(FIRST, SINGLE), *product(self.task.sparsities, [SINGLE, *self.task.blocks])]
+        return [self.pruned(seed, BEST, share, block) for share, block in pairs]
 
     def points(self, parts: list[str]) -> Iterator[dict[str, Any]]:
         """The settings in which each point differs from the others, in the order in which they are trained."""
+        known: list[dict[str, Any]] = []
         for part, seed in product(parts, self.seeds):
-            yield from getattr(self, part)(seed)
+            # Without DropConnect, less of it is the same point.
+            known += [point for point in getattr(self, part)(seed) if point not in known]
+        yield from known
 
 
-PARTS = ("dense", "blocks", "arms", "shrunk", "masks", "rules", "longer", "noise", "curve", "characters")
-
-
-def weights(hidden: list[int]) -> int:
-    """The number of weights of the layers per gate; the embedding is as wide as the last of them."""
-    return sum(units * (units + before) for units, before in zip(hidden, [hidden[-1], *hidden], strict=False))
+PARTS = ("dense", "blocks", "arms", "shrunk", "masks", "rules", "longer", "noise", "curve")
 
 
 def toml(value: Any) -> str:
@@ -239,60 +286,57 @@ def toml(value: Any) -> str:
 @app.command()
 def plan(
     out: Annotated[Path, typer.Argument(help="File to write, for `eventrnn sweep`.")],
+    task: Annotated[str, typer.Option(help="words, or characters.")] = "words",
     cell: Annotated[str, typer.Option(help="egru, or gru for the dense cell.")] = "egru",
-    part: Annotated[
-        list[str] | None, typer.Option(help="One of PARTS; repeat for several. [all but characters]")
-    ] = None,
+    part: Annotated[list[str] | None, typer.Option(help="One of PARTS; repeat for several. [all]")] = None,
     hidden: Annotated[
-        list[int] | None,
-        typer.Option(min=2, help="Units of a layer of the larger network; repeat for a stack. [2048 512]"),
+        list[int] | None, typer.Option(min=1, help="Units of a layer; repeat for a stack. [1024 512, or 128 64]")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 40,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    larger: Annotated[
+        float, typer.Option(min=1, help="Units of all layers but the last in larger networks, as a multiple.")
+    ] = 2.0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training text. [40, or 20]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate. [0.0015, or 0.004]")] = None,
     dropconnect: Annotated[
-        tuple[float, float], typer.Option(help="DropConnect of the larger and of the smaller dense network.")
-    ] = DROPCONNECT,
+        tuple[float, float] | None,
+        typer.Option(help="DropConnect of the dense network and of a larger one. [0.35 0.45, or 0 0]"),
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; repeat for several. [0 1 2]")] = None,
     backend: Annotated[str, typer.Option(help="cuda, or cpu for a small case.")] = "cuda",
-    text: Annotated[str, typer.Option(help="Folder with the three texts, or ptb.")] = "ptb",
+    text: Annotated[str, typer.Option(help="Folder with the three texts, ptb, or builtin. [ptb, or builtin]")] = "",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that exists.")] = False,
 ) -> None:
     """Write the file of a sweep of some parts."""
-    parts = list(part or PARTS[:-1])
-    for name, chosen, choices in (("cell", [cell], OF_CELL), ("part", parts, PARTS)):
+    parts = list(part or PARTS)
+    for name, chosen, choices in (("task", [task], TASKS), ("cell", [cell], OF_CELL), ("part", parts, PARTS)):
         for each in chosen:
             if each not in choices:
                 raise ValueError(f"{name}: got {each!r}, need one of {', '.join(choices)}")
-    by_characters = "characters" in parts
-    if by_characters and len(parts) > 1:
-        raise ValueError(f"part: got {', '.join(parts)}, but characters are a sweep of their own; plan them apart")
     writable_file(out, force=force)
-    units = list(hidden or ([2 * OF_CHARACTERS] if by_characters else [2048, 512]))
+    given = {"hidden": tuple(hidden or ()), "epochs": epochs, "rate": rate, "dropconnect": dropconnect, "text": text}
+    own = replace(TASKS[task], **{name: value for name, value in given.items() if value})
     settings = {
-        "data.text": text,
+        "data.text": own.text,
         "model.cell": cell,
-        "model.embedding": units[-1],
-        "training.learning_rate": rate,
-        "training.schedule.constant": 0.5,
-        "training.validate_every": BETWEEN_VALIDATIONS,
-        **{f"training.regularisers.{name}": share for name, share in NOISE.items()},
+        "model.embedding": own.hidden[-1],
+        "training.learning_rate": own.rate,
         "training.backend": backend,
         **({"training.precision": "bfloat16"} if backend == "cuda" else {}),
+        **own.settings,
         **OF_CELL[cell],
-        **(CHARACTERS if by_characters else {}),
     }
-    points = list(Plan(units, epochs, list(seed or (0, 1, 2)), dropconnect).points(parts))
+    points = list(Plan(own, larger, list(seed or (0, 1, 2))).points(parts))
     # What one point sets, all of them have to set.
     swept = {key: settings.pop(key) for key in [*settings] if any(key in point for point in points)}
     lines = [
-        f"preset = {toml(PRESET)}",
+        f"preset = {toml(own.preset)}",
         "",
         "[settings]",
         *(f"{key} = {toml(value)}" for key, value in settings.items()),
     ]
     for point in (swept | point for point in points):
         # What no point may have is refused here, not only by the sweep.
-        load_recipe(preset=PRESET, settings=[*settings.items(), *point.items()])
+        load_recipe(preset=own.preset, settings=[*settings.items(), *point.items()])
         lines += ["", "[[points]]", *(f"{key} = {toml(value)}" for key, value in point.items())]
     out.write_text("\n".join(lines) + "\n")
 
@@ -328,17 +372,14 @@ def convert(
         on_gpu(records)
     half = {f"pruning.{name}": value for name, value in HALF.items()}
     dense = [point for point, _ in found if point["pruning.method"] is None]
-    # Of the smallest network, and not the ones that are trained for longer, or with less noise.
-
-    def rank(point: dict[str, Any]) -> tuple[float, ...]:
-        units = json.loads(str(point["model.hidden"])) if point["model.hidden"] else [0]
-        return -weights(units), -point["training.epochs"], point[TRAINED[0]]
-
+    # Not the ones that are trained for longer, or with less noise.
+    usual = [(-point["training.epochs"], point[TRAINED[0]]) for point in dense]
     begun = {
-        "dense": lambda point: point in dense and rank(point) == max(map(rank, dense)),
+        "dense": lambda point: point in dense and (-point["training.epochs"], point[TRAINED[0]]) == max(usual),
         "half": lambda point: all(point[key] == value for key, value in half.items()),
     }
-    corpus = load_recipe(preset=PRESET, settings=list(saved_sweep(folder).settings.items())).data.corpus()
+    of_data = [(key, value) for key, value in saved_sweep(folder).settings.items() if key.startswith("data.")]
+    corpus = load_recipe(preset=saved_sweep(folder).preset, settings=of_data).data.corpus()
     steps, streams = CALIBRATION
     length = min(steps, len(corpus.train) // streams)
     text = np.ascontiguousarray(corpus.train[: length * streams].reshape(streams, length).T)
@@ -410,17 +451,18 @@ def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RE
     if not collected:
         raise ValueError(f"results: there is no line in {results}; the command collect writes them")
     for line in collected:
-        model = json.dumps({key: line[key] for key in SHARED})
-        rest = json.dumps({key: line[key] for key in AXES if key != "training.seed"})
+        model = json.dumps({key: line.get(key) for key in SHARED})
+        rest = json.dumps({key: line.get(key) for key in AXES if key != "training.seed"})
         groups.setdefault(model, {}).setdefault(rest, []).append(line)
     for model, rows in groups.items():
         columns = ("units", "method", "pattern", "weights", "seeds", "perplexity", "±", "over dense", "activity")
         shown = Table(*columns, "operations", *STORAGES, title=model)
-        dense = [line for lines in rows.values() for line in lines if line["pruning.method"] is None]
+        dense = best_dense(line for lines in rows.values() for line in lines)
+        whole = {size[:-1]: lines[0]["file_bytes"]["float32"] for size, lines in dense.items()}
         for lines in rows.values():
-            beside = best_dense(dense).get(lines[0]["training.epochs"])
-            at = perplexity(beside) if beside else None
-            shown.add_row(*row(lines, at, dense[0]["file_bytes"]["float32"] if dense else None))
+            size = size_of(lines[0])
+            at = perplexity(dense[size]) if size in dense else None
+            shown.add_row(*row(lines, at, whole.get(size[:-1])))
         Console(width=150).print(shown)
 
 

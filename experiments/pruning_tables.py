@@ -1,10 +1,14 @@
 """Tables of docs/results.md about pruning while training, step times of blocks, and masks; see `tables.py`."""
 
+from itertools import product
 from statistics import mean, stdev
 
-from pruning_claims import SIZES, best_dense, block_of, swept
+from pruning_claims import SIZES, STORAGES, best_dense, block_of, by_seed, perplexity, size_of, swept, task, units
 from result_lines import last, number, read, table, times
 
+from eventrnn.pruning.methods import LAST_CHANGE
+
+CUDNN = ("cudnn float32", "cudnn tf32", "cudnn tf32 padded", "cudnn float16 padded")
 CELLS = {"gru": "GRU, all units send", "egru": "EGRU, 10 % send"}
 
 
@@ -16,37 +20,56 @@ def swept_models() -> str:
     training, without further training. Weights and files are those of the layers, without the embedding of 5.1 million
     values, which is the read-out too and is not pruned; files are compared with the dense one in float32.
     """
-    groups: dict[tuple, list[dict]] = {}
-    for line in swept():
-        names = [
-            name for name in line if name.startswith(("pruning.", "training.regularisers.", "model.", "converted"))
-        ]
-        groups.setdefault((line["training.epochs"], *(str(line[name]) for name in names)), []).append(line)
-    dense = {}
-    for cell in {line["model.cell"] for line in swept()}:
-        own = [line for line in swept() if line["model.cell"] == cell and line["pruning.method"] is None]
-        dense |= {(cell, epochs): lines for epochs, lines in best_dense(own).items()}
+    dense = best_dense(swept())
+    whole = {size[:-1]: lines[0]["file_bytes"]["float32"] for size, lines in dense.items()}
     rows = []
-    for lines in sorted(groups.values(), key=lambda lines: (lines[0]["model.cell"], lines[0]["training.epochs"])):
+    for lines in sorted(by_seed(swept()), key=lambda lines: (*size_of(lines[0])[:2], lines[0]["training.epochs"])):
         first, read_at = lines[0], [line["perplexity_valid"] for line in lines]
-        beside = dense.get((first["model.cell"], first["training.epochs"]))
-        whole = next(iter(dense.values()))[0]["file_bytes"]["float32"]
-        sizes = [times(whole / first["file_bytes"][storage]) for storage in ("float32", "bfloat16", "int8")]
+        size = size_of(first)
+        beside, whole_bytes = dense.get(size), whole.get(size[:-1])
+        sizes = [times(whole_bytes / first["file_bytes"][storage]) for storage in STORAGES] if whole_bytes else []
         spread = f" ± {stdev(read_at):.2f}" if len(read_at) > 1 else ""
         cells = [
-            f"{first['model.cell'].upper()} {first['model.hidden'].strip('[]')}",
+            f"{first['model.cell'].upper()} of {units(first)}{', characters' * (task(first) == 'character')}",
             method(first),
             first["pruning.nm"] or block_of(first),
             f"{first['density_of_layers']:.1%}",
             f"{first['training.epochs']}",
             f"{first['training.regularisers.dropconnect']:g}",
+            otherwise(first),
             f"{mean(read_at):.2f}{spread}",
-            f"{mean(read_at) / mean(line['perplexity_valid'] for line in beside) - 1:+.1%}" if beside else "",
+            f"{mean(read_at) / perplexity(beside) - 1:+.1%}" if beside else "",
             " / ".join(sizes),
         ]
         rows.append((cells, lines))
-    columns = ("network", "method", "blocks or masks", "weights left", "epochs", "DropConnect", "perplexity")
+    columns = ("network", "method", "blocks or masks", "weights left", "epochs", "DropConnect")
+    columns = (*columns, "otherwise", "perplexity")
     return table((*columns, "beside dense", "file smaller, times: float32 / bfloat16 / int8"), rows) if rows else ""
+
+
+def otherwise(line: dict) -> str:
+    """The settings in which the training of a line differs from the usual one, in words."""
+    usual = {
+        "training.learning_rate": 0.0015,
+        "training.schedule.constant": 0.5,
+        "training.weight_decay": 0.1,
+        "training.regularisers.dropout_input": 0.4,
+        "training.regularisers.dropout_words": 0.1,
+        "training.regularisers.dropout_between": 0.25,
+    }
+    if task(line) == "character":
+        usual = {}
+    found = [
+        f"{name.split('.')[-1].replace('_', ' ')} {line[name]:g}"
+        for name, value in usual.items()
+        if line.get(name) not in (None, value)
+    ]
+    since, until = line["pruning.since"], line.get("pruning.until") or LAST_CHANGE
+    if line["pruning.sparsity"] and (since, until) != (0.3, 0.7):
+        found.append(f"masks change from {since:g} to {until:g}")
+    if line["pruning.nm"] and line["pruning.since"] not in (None, 0.3):
+        found.append(f"masks drawn at {line['pruning.since']:g}")
+    return ", ".join(found)
 
 
 def method(line: dict) -> str:
@@ -66,17 +89,31 @@ def block_steps() -> str:
     blocks gain little: at batch 64 a tenth of the products takes two thirds of the time or more. The cause was not
     examined. The machine did other work as well.
     """
+    return steps_of("cpu", {"PyTorch": ("torch",)})
+
+
+def block_steps_gpu() -> str:
+    """The same on a GPU that did nothing else (`python experiments/block_steps.py --backend cuda`), exact float32, in
+    runs of 20 steps. Beside them cuDNN's GRU of the dense weights, in float32 and in its fastest type; in so short a
+    run the start of a call is a large part of its time. With one stream the dense layer is as fast as blocks.
+    """
+    return steps_of("cuda", {"cuDNN, float32": ("cudnn float32",), "cuDNN, fastest": CUDNN})
+
+
+def steps_of(backend: str, others: dict[str, tuple[str, ...]]) -> str:
+    """The table of a backend. others : name of a further column -> the variants of which it has the fastest"""
+    lines = [line for line in read("block_steps", timed=False) if line["backend"] == backend]
+    lines = [line for line in lines if line["device"] == lines[-1]["device"]]
     rows = []
-    lines = read("block_steps")
-    for cell in CELLS:
-        for batch in (1, 4, 16, 64):
-            line = last(lines, cell=cell, batch=batch)
-            if line is not None:
-                us = line["us_per_step"]
-                cells = [number(us[name]) for name in ("dense", "1x1", *SIZES, "torch")]
-                fastest = max(us["dense"] / us[block] for block in SIZES)
-                rows.append(((CELLS[cell], str(batch), *cells, times(fastest)), [line]))
-    columns = ("cell", "batch", "dense", "1x1", *SIZES, "PyTorch")
+    for cell, batch in product(CELLS, (1, 4, 16, 64)):
+        line = last(lines, cell=cell, batch=batch)
+        if line is not None:
+            us = line["us_per_step"]
+            cells = [number(us[name]) for name in ("dense", "1x1", *SIZES)]
+            cells += [number(min(us[name] for name in names)) for names in others.values()]
+            fastest = max(us["dense"] / us[block] for block in SIZES)
+            rows.append(((CELLS[cell], str(batch), *cells, times(fastest)), [line]))
+    columns = ("cell", "batch", "dense", "1x1", *SIZES, *others)
     return table((*columns, "best block, times faster than dense"), rows) if rows else ""
 
 

@@ -16,7 +16,7 @@ from cpu_tables import cpu_blocks, cpu_layer, cpu_other, cpu_product
 from gated_words import VARIANTS
 from gpu_tables import cluster_phases, every_cudnn, single_steps
 from gpu_training import LAYERS as GPU_LAYERS
-from pruning_tables import block_steps, mask_refresh, swept_models
+from pruning_tables import block_steps, block_steps_gpu, mask_refresh, swept_models
 from result_lines import HERE, last, number, read, table, times
 
 PAGE = HERE.parent / "docs" / "results.md"
@@ -413,6 +413,7 @@ SECTIONS = {
     "The learning curve of a word model on a GPU": learning,
     "Pruning while training": swept_models,
     "Step time by block size": block_steps,
+    "Step time by block size on a GPU": block_steps_gpu,
     "Transposable masks": masks,
     "Masks drawn anew while training": mask_refresh,
     "Pruning to a budget of operations": operations,

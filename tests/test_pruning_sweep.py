@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     script = importlib.import_module("pruning_sweep")
     # The networks of these tests are too small for blocks of 32 x 32.
-    monkeypatch.setattr(script, "BLOCKS", ((1, 2), (2, 2)))
+    small = replace(script.TASKS["words"], blocks=((1, 2), (2, 2)))
+    monkeypatch.setitem(script.TASKS, "words", small)
     return script
 
 
@@ -40,20 +42,19 @@ def small_plan(script, folder, cell, *more):
 
 @pytest.mark.parametrize("cell", ["gru", "egru"])
 def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
-    """Each part has its points for every seed, and the larger network is also pruned to the weights of the smaller."""
+    """Each part has its points for every seed, and the larger network is pruned to the weights of the dense one."""
     sweep = small_plan(script, tmp_path, cell, "--hidden", 64, "--hidden", 32)
     points = check_sweep(sweep, tmp_path / "sweep")
-    blocks, rules = len(script.BLOCKS), len(script.RULES)
-    curve = len(script.OTHERS) * (blocks + 1) + 1
-    each = 2 + blocks + len(script.ARMS) + blocks + len(script.MASKS) + 1 + blocks * rules - 1 + 2 + 4 + curve
-    assert len(points) == 2 * each
+    blocks, others, curve = 2, len(script.RULES) - 1, 1 + 2 * 3
+    arms, masks = len(script.ARMS), len(script.MASKS) + 1
+    assert len(points) == 2 * (1 + 3 + 1 + blocks + arms + blocks + others * blocks + masks + curve)
     recipes = [point.recipe for point in points]
     assert {recipe.model.cell for recipe in recipes} == {cell}
-    assert {recipe.model.hidden for recipe in recipes} == {(64, 32), (32, 32)}
+    assert {recipe.model.hidden for recipe in recipes} == {(64, 32), (128, 32)}
     assert recipes[0].pruning.method == "" and {recipe.training.epochs for recipe in recipes} == {40, 80}
-    dense, large = 2 * 32 * (32 + 32), 64 * (64 + 32) + 32 * (32 + 64)
-    shrunk = [recipe for recipe in recipes if round((1 - recipe.pruning.sparsity) * large) == dense]
-    assert {recipe.model.hidden for recipe in shrunk} == {(64, 32)} and len(shrunk) == 2 * blocks
+    dense, large = 64 * (64 + 32) + 32 * (32 + 64), 128 * (128 + 32) + 32 * (32 + 128)
+    wide = [recipe for recipe in recipes if recipe.model.hidden == (128, 32)]
+    assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide) and len(wide) == 2 * blocks
     assert {recipe.pruning.nm for recipe in recipes} == {"", *script.MASKS}
 
 
@@ -61,20 +62,24 @@ def test_a_part_is_a_sweep_of_its_own(script, tmp_path):
     """Points of one part follow those of the part that was named before it, seed by seed."""
     sweep = small_plan(script, tmp_path, "gru", "--hidden", 64, "--hidden", 32, "--part", "blocks", "--part", "dense")
     recipes = [point.recipe for point in check_sweep(sweep, tmp_path / "sweep")]
-    assert [recipe.training.seed for recipe in recipes] == [0, 0, 1, 1, 0, 0, 1, 1]
-    assert [bool(recipe.pruning.method) for recipe in recipes] == [True] * 4 + [False] * 4
+    assert [recipe.training.seed for recipe in recipes] == [0, 0, 1, 1, 0, 1]
+    assert [bool(recipe.pruning.method) for recipe in recipes] == [True] * 4 + [False] * 2
     # A tenth of the weights has the root of a tenth of the noise.
-    assert [recipe.training.regularisers.dropconnect for recipe in recipes[3:6]] == [0.126, 0.4, 0.25]
+    assert [recipe.training.regularisers.dropconnect for recipe in recipes[3:5]] == [0.111, 0.35]
 
 
-def test_characters_are_read_by_one_layer_with_a_read_out_of_its_own(script, tmp_path):
-    sweep = small_plan(script, tmp_path, "gru", "--hidden", 32, "--part", "characters")
-    recipes = [point.recipe for point in check_sweep(sweep, tmp_path / "sweep")]
-    assert [recipe.pruning.nm for recipe in recipes] == ["", *script.MASKS[:2], "", "", *script.MASKS[:2]]
-    assert {(recipe.model.hidden, recipe.model.tied, recipe.data.kind) for recipe in recipes} == {
-        ((16,), False, "character")
+def test_characters_are_the_second_task(script, tmp_path):
+    """Of small networks, by another preset, and marked in their lines; their blocks fit the matrices."""
+    recipes = [
+        point.recipe for point in check_sweep(small_plan(script, tmp_path, "gru", "--task", "characters"), tmp_path)
+    ]
+    assert {(recipe.data.kind, recipe.model.tied, recipe.training.optimiser.beta1) for recipe in recipes} == {
+        ("character", False, 0.9)
     }
+    assert {recipe.model.hidden for recipe in recipes} == {(128, 64), (256, 64)}
+    assert {recipe.pruning.block for recipe in recipes} == {(1, 1), (1, 16), (4, 4)}
     assert {recipe.pruning.exempt for recipe in recipes if recipe.pruning.method} == {("readout",)}
+    assert 'data.kind = "character"' in (tmp_path / "sweep.toml").read_text()
 
 
 def test_every_part_has_a_name(script):
@@ -89,8 +94,8 @@ def test_a_plan_overwrites_no_file(script, tmp_path):
         call(script, "plan", tmp_path / "other.toml", "--cell", "lstm")
     with pytest.raises(ValueError, match="part: got 'all', need one of dense, blocks"):
         call(script, "plan", tmp_path / "other.toml", "--part", "all")
-    with pytest.raises(ValueError, match="part: got dense, characters, but characters are a sweep of their own"):
-        call(script, "plan", tmp_path / "other.toml", "--part", "dense", "--part", "characters")
+    with pytest.raises(ValueError, match="task: got 'images', need one of words, characters"):
+        call(script, "plan", tmp_path / "other.toml", "--task", "images")
     with pytest.raises(ValueError, match="backend: got 'tpu'"):
         call(script, "plan", tmp_path / "other.toml", "--backend", "tpu")
     assert not (tmp_path / "other.toml").exists()
@@ -133,7 +138,9 @@ def test_a_trained_point_is_collected_once_per_text(script, tmp_path, monkeypatc
 
 def test_dense_and_half_networks_are_converted_once(script, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
-    shared = SimpleNamespace(settings={"data.text": str(tmp_path / "text.txt"), "model.cell": "gru"})
+    # Units are settings of a point; the embedding alone would not fit those of the preset.
+    settings = {"data.text": str(tmp_path / "text.txt"), "model.cell": "gru", "model.embedding": 8, "model.tied": True}
+    shared = SimpleNamespace(settings=settings, preset="characters")
     half = {f"pruning.{name}": value for name, value in script.HALF.items()}
     rules = ({}, half, {"pruning.method": "lasso", "pruning.sparsity": 0.9}, {"training.epochs": 4})
     trained = {"state": "done", "training.epochs": 2, "training.seed": 0}
