@@ -208,8 +208,18 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     assert got.paths["layers.0.w_rec"] == f"{layout} {options.get('storage', 'float32')} in L2"
 
 
+#: arrays in which the products of gated blocks with many rows work
+TILE_ARRAYS = {("layers.0.w_in", name) for name in ("inputs", "maxima", "parts", "gates", "left")}
+
+
 @pytest.mark.parametrize(
-    "options", [{"gate_period": 2, "steps": 4}, {"storage": "bfloat16", "gate_rule": "softmax", "steps": 3}]
+    "options",
+    [
+        {"gate_period": 2, "steps": 4},
+        {"storage": "bfloat16", "gate_rule": "softmax", "steps": 3},
+        # One block row, whose rows are no whole turns of the kernel.
+        {"inputs": 40, "block": (40, 64), "steps": 3},
+    ],
 )
 def test_emulated_tiles_of_many_rows_have_the_bits_of_the_specification(monkeypatch, emulated, options):
     from eventrnn.cuda import gated_matrix, row_tiles
@@ -225,6 +235,25 @@ def test_emulated_tiles_of_many_rows_have_the_bits_of_the_specification(monkeypa
     assert same_bits(expected.output, np.concatenate([first, simulator.run(x[1:]).output]))
     assert_same_state(expected.state, simulator.state)
     assert "tile_product" in emulated.launched
+    # The memory is that of the run, so that it is counted and freed with it.
+    runs = list(simulator.engine.runs.values())
+    assert {len(run.buffers.scratch_arrays.keys() & TILE_ARRAYS) for run in runs} == {0, len(TILE_ARRAYS)}
+
+
+def test_tiles_of_gated_blocks_take_fewer_rows_where_each_has_many_parts_of_logits(monkeypatch, emulated):
+    from eventrnn.cuda import row_tiles
+
+    network, _ = case(Cell("gru"), units=(22,), inputs=64, block=(16, 64), gated=("w_in",))
+    w_in = network.layers[0].w_in
+    matrix = Simulator(network, batch=2, backend="cuda").engine.packed.w_in[0]
+    # Two parts of 32 inputs, and two block columns of four blocks.
+    assert matrix._tiles.parts == 2 and w_in.n_blocks == 8
+    assert [matrix._tiles.rows_at_a_time(batch) for batch in (1, 3, 4000)] == [2048, 2046, 4000]
+    monkeypatch.setattr(row_tiles, "PART_BYTES", 2 * 8 * 4 * 10)
+    assert [matrix._tiles.rows_at_a_time(batch) for batch in (1, 3, 4000)] == [10, 9, 4000]
+    network, _ = case(Cell("gru"), inputs=40, block=(40, 64), gated=("w_in",))
+    matrix = Simulator(network, backend="cuda").engine.packed.w_in[0]
+    assert matrix._tiles.parts == 1, "zeros behind the inputs are no part of their own"
 
 
 def test_emulated_tiles_of_dense_weights_have_the_bits_of_the_specification(monkeypatch, emulated):

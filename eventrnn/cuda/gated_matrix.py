@@ -13,7 +13,7 @@ from eventrnn.cuda import tables
 from eventrnn.cuda.kernels.gated_kernels import gated_rows_kernel
 from eventrnn.cuda.kernels.gated_pieces import PIECES_AHEAD, TURN
 from eventrnn.cuda.packing import in_strips
-from eventrnn.cuda.row_tiles import MIN_TILED_ROWS, GatedTiles
+from eventrnn.cuda.row_tiles import MIN_TILED_ROWS, GatedTiles, Scratch
 from eventrnn.cuda.tables import (
     CHOICE_WORDS,
     LANES,
@@ -378,11 +378,13 @@ class GatedMatrix:
         *,
         batch: int = 1,
         held: tuple[int, int, int, int] = (0, 0, 0, 0),
+        scratch: Scratch | None = None,
     ):
         """Drives (rows, gates * units) float32 of independent rows of events; see `Matrix.products`.
 
         status      : the status words, which get gates that are not finite
         batch, held : rows of a step, and what `RunBuffers.hold` returns, where steps share a choice
+        scratch     : memory of the run for products in tiles; without it there are none
         """
         columns = self.weights.shape[1]
         if out is None:
@@ -390,8 +392,8 @@ class GatedMatrix:
         if rows == 0:
             return out
         lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
-        if rows >= MIN_TILED_ROWS and GatedTiles.fits(self.weights):
-            self._tiles.products(lists, rows, out, status, batch, held)
+        if scratch is not None and rows >= MIN_TILED_ROWS and GatedTiles.fits(self.weights):
+            self._tiles.products(lists, rows, out, status, batch, held, scratch)
             return out
         matrix, (places, shared, samples) = self._row_strips[0], self._row_places(rows)
         warps, narrow = self.warps, self.narrow

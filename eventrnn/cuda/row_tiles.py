@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,13 @@ if TYPE_CHECKING:
 # Rows from which on tiles are used. With fewer, most rows of a tile would be zeros.
 MIN_TILED_ROWS = 64
 
-# Rows whose inputs, parts of logits and gates are in memory at a time, about.
-ROWS_AT_A_TIME = 2048
+# Rows whose inputs, parts of logits and gates are in memory at a time, about; and bytes of parts of logits, for which
+# they are fewer rows. A matrix of 4096 x 12288 weights in blocks of 64 x 64 has 3 MB of them per row.
+ROWS_AT_A_TIME, PART_BYTES = 2048, 1 << 28
+
+# Memory of a run, by a name of one product, shape and type (`run_buffers.RunBuffers.scratch`): captured graphs hold its
+# addresses, and it goes with the run.
+Scratch = Callable[[str, tuple[int, ...], type], Any]
 
 # Threads of a block of `carry_gates`, and of `spread_rows` where no gate says how many.
 CARRY_THREADS, SPREAD_THREADS = 128, 256
@@ -70,25 +76,19 @@ class TiledWeights:
 
 
 class DenseTiles:
-    """The product of a dense matrix with many rows. Memory for some rows at a time is kept, by their number."""
+    """The product of a dense matrix with many rows."""
 
     def __init__(self, device: Device, weights: np.ndarray, bias: np.ndarray):
         self.device = device
         with device.on_stream():
             self.bias = device.put(bias)
         self.weights = TiledWeights(device, weights, self.bias.data.ptr)
-        self._scratch: dict[int, tuple[Any, Any]] = {}
 
-    def products(self, lists: tuple[int, ...], rows: int, out: Any) -> None:
+    def products(self, lists: tuple[int, ...], rows: int, out: Any, scratch: Scratch) -> None:
         """See `Matrix.products`; lists: addresses of begins, counts, events and the lists of the rows."""
         most = min(rows, ROWS_AT_A_TIME)
-        if most not in self._scratch:
-            shapes = (self.weights.inputs, _rounded(most, TILE_SIDE)), (most, SPREAD_THREADS // LANES)
-            self._scratch[most] = (
-                self.device.empty(shapes[0], np.float32),
-                self.device.empty(shapes[1], np.int32),
-            )
-        inputs, maxima = self._scratch[most]
+        inputs = scratch("inputs", (self.weights.inputs, _rounded(most, TILE_SIDE)), np.float32)
+        maxima = scratch("maxima", (most, SPREAD_THREADS // LANES), np.int32)
         for first in range(0, rows, most):
             here = min(most, rows - first)
             spread_rows(self.device, lists, first, here, inputs, maxima, SPREAD_THREADS)
@@ -96,7 +96,7 @@ class DenseTiles:
 
 
 class GatedTiles:
-    """The product of a matrix of gated blocks with many rows. Memory for some rows at a time is kept, by their number.
+    """The product of a matrix of gated blocks with many rows.
 
     values : the weights (n_pre, columns) float32, or uint16 bits of bfloat16
     fields : the table of the matrix (tables.GATED_FIELDS,) int64; its columns that say nothing of strips count
@@ -115,18 +115,13 @@ class GatedTiles:
         warps: int,
         part: int,
     ):
-        self.device, self.weights, self.threads, self.part, self.shared = (
-            device,
-            weights,
-            LANES * warps,
-            part,
-            places[1],
-        )
+        self.device, self.weights, self.threads, self.shared = device, weights, LANES * warps, places[1]
+        # Only that of a single block row may be rounded, which is the only part.
+        self.part = _rounded(part, TILE_INPUTS)
         with device.on_stream():
             self.table, self.places = device.put(fields), device.put(places[0])
         self.blocks = TiledWeights(device, values, int(fields[tables.BIAS]))
         self.logits = TiledWeights(device, weights.gate, int(fields[tables.LOGIT_BIAS]))
-        self._scratch: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     @staticmethod
     def fits(weights: GatedBlocks) -> bool:
@@ -135,26 +130,40 @@ class GatedTiles:
         whole = (r % TILE_INPUTS == 0 or block_rows == 1) and (c % TILE_SIDE == 0 or block_columns == 1)
         return whole and weights.gate_out is None
 
-    def _arrays(self, rows: int, batch: int) -> tuple[Any, ...]:
+    @property
+    def parts(self) -> int:
+        """Parts of a logit."""
+        return -(-self.logits.inputs // self.part)
+
+    def rows_at_a_time(self, batch: int) -> int:
+        """The rows that are multiplied at a time, whole steps and at least one."""
+        rows = min(ROWS_AT_A_TIME, PART_BYTES // (4 * self.parts * self.weights.n_blocks))
+        return max(1, rows // batch) * batch
+
+    def _arrays(self, rows: int, batch: int, scratch: Scratch) -> tuple[Any, ...]:
         """Inputs, maxima, parts of logits, gates, and `left`, for some rows."""
-        if (rows, batch) not in self._scratch:
-            empty, blocks, logits = self.device.empty, self.weights.n_blocks, self.logits
-            parts = -(-logits.inputs // self.part)
-            self._scratch[rows, batch] = (
-                empty((logits.inputs, _rounded(rows, TILE_SIDE)), np.float32),
-                empty((rows, self.threads // LANES), np.int32),
-                empty((parts, rows, blocks), np.float32),
-                empty((batch + rows, blocks), np.float32),
-                empty((batch,), np.int32),
-            )
-        return self._scratch[rows, batch]
+        blocks = self.weights.n_blocks
+        return (
+            scratch("inputs", (self.logits.inputs, _rounded(rows, TILE_SIDE)), np.float32),
+            scratch("maxima", (rows, self.threads // LANES), np.int32),
+            scratch("parts", (self.parts, rows, blocks), np.float32),
+            scratch("gates", (batch + rows, blocks), np.float32),
+            scratch("left", (batch,), np.int32),
+        )
 
     def products(
-        self, lists: tuple[int, ...], rows: int, out: Any, status: Any, batch: int, held: tuple[int, int, int, int]
+        self,
+        lists: tuple[int, ...],
+        rows: int,
+        out: Any,
+        status: Any,
+        batch: int,
+        held: tuple[int, int, int, int],
+        scratch: Scratch,
     ) -> None:
         """See `GatedMatrix.products`; lists: addresses of begins, counts, events and the lists of the rows."""
-        most, columns = max(1, ROWS_AT_A_TIME // batch) * batch, self.blocks.columns
-        arrays = self._arrays(min(rows, most), batch)
+        most, columns = self.rows_at_a_time(batch), self.blocks.columns
+        arrays = self._arrays(min(rows, most), batch, scratch)
         gates_at, left_at = arrays[3].data.ptr, arrays[4].data.ptr
         before_at, left_before_at, held_at, left_after_at = held
         if before_at:

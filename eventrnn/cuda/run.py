@@ -8,6 +8,7 @@ import numpy as np
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.gated_layer import GatedPlan
+from eventrnn.cuda.gated_matrix import GatedMatrix
 from eventrnn.cuda.kernels.batched_products import count_events_kernel, count_threads, log_events_kernel
 from eventrnn.cuda.kernels.input_checks import finite_kernel
 from eventrnn.cuda.launch import launch_layers
@@ -139,11 +140,17 @@ class Run:
 
     def _products(self, name: MatrixId, matrix: Any, table: Any, rows: int, row_of: Any, out: Any, status: Any) -> Any:
         """Put the products of a matrix with rows of events on the stream; see `Matrix.products`."""
+
+        def scratch(part: str, shape: tuple[int, ...], dtype: type) -> Any:
+            return self.buffers.scratch((name, part), shape, dtype)
+
         if isinstance(matrix, Matrix) and matrix.tiled and rows >= MIN_TILED_ROWS:
-            matrix.tiles.products((*(each.data.ptr for each in table), 0), rows, out)
+            matrix.tiles.products((*(each.data.ptr for each in table), 0), rows, out, scratch)
             return out
-        held = {"batch": self.batch, "held": self.buffers.hold(name)} if name in self.buffers.held else {}
-        return matrix.products(self.device, table, rows, row_of, out=out, status=status, **held)
+        own: dict[str, Any] = {"scratch": scratch} if isinstance(matrix, GatedMatrix) else {}
+        if name in self.buffers.held:
+            own |= {"batch": self.batch, "held": self.buffers.hold(name)}
+        return matrix.products(self.device, table, rows, row_of, out=out, status=status, **own)
 
     def _drive(self, k: int, table: Any, row_of: Any, status: Any) -> Any:
         """Put the input drives of layer k for all steps on the stream: (steps * batch, gates * units) float32.
