@@ -248,6 +248,11 @@ class Plan:
 
     def shrunk(self, seed: int) -> list[dict[str, Any]]:
         """The larger network, pruned to the weights of the dense one."""
+        if weights(self.wide) <= weights(self.hidden):
+            raise ValueError(
+                f"larger: got {self.larger:g} with hidden {self.hidden}, but then no network is larger; the last layer "
+                "stays as it is. Give a larger multiple or further layers, or name parts without shrunk"
+            )
         share = round(1 - weights(self.hidden) / weights(self.wide), 4)
         return [self.pruned(seed, BEST, share, block, self.wide) for block in self.task.blocks]
 
@@ -288,7 +293,9 @@ def plan(
     out: Annotated[Path, typer.Argument(help="File to write, for `eventrnn sweep`.")],
     task: Annotated[str, typer.Option(help="words, or characters.")] = "words",
     cell: Annotated[str, typer.Option(help="egru, or gru for the dense cell.")] = "egru",
-    part: Annotated[list[str] | None, typer.Option(help="One of PARTS; repeat for several. [all]")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(PARTS)}; repeat for several. [all]")
+    ] = None,
     hidden: Annotated[
         list[int] | None, typer.Option(min=1, help="Units of a layer; repeat for a stack. [1024 512, or 128 64]")
     ] = None,
@@ -312,9 +319,12 @@ def plan(
         for each in chosen:
             if each not in choices:
                 raise ValueError(f"{name}: got {each!r}, need one of {', '.join(choices)}")
+    if not larger < float("inf"):
+        raise ValueError(f"larger: got {larger}, need a finite multiple")
     writable_file(out, force=force)
-    given = {"hidden": tuple(hidden or ()), "epochs": epochs, "rate": rate, "dropconnect": dropconnect, "text": text}
-    own = replace(TASKS[task], **{name: value for name, value in given.items() if value})
+    given = {"hidden": hidden and tuple(hidden), "epochs": epochs, "rate": rate, "dropconnect": dropconnect}
+    own = replace(TASKS[task], **{name: value for name, value in given.items() if value is not None})
+    own = replace(own, text=text or own.text)
     settings = {
         "data.text": own.text,
         "model.cell": cell,

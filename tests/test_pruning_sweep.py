@@ -98,6 +98,13 @@ def test_a_plan_overwrites_no_file(script, tmp_path):
         call(script, "plan", tmp_path / "other.toml", "--task", "images")
     with pytest.raises(ValueError, match="backend: got 'tpu'"):
         call(script, "plan", tmp_path / "other.toml", "--backend", "tpu")
+    with pytest.raises(ValueError, match=r"learning_rate: got 0\.0, need a positive number"):
+        call(script, "plan", tmp_path / "other.toml", "--part", "dense", "--rate", 0)
+    with pytest.raises(ValueError, match="larger: got inf, need a finite multiple"):
+        call(script, "plan", tmp_path / "other.toml", "--larger", "inf")
+    for options in (("--hidden", 64), ("--larger", 1)):
+        with pytest.raises(ValueError, match="no network is larger.* or name parts without shrunk"):
+            call(script, "plan", tmp_path / "other.toml", "--part", "shrunk", *options)
     assert not (tmp_path / "other.toml").exists()
 
 
