@@ -154,6 +154,11 @@ def backward(
 ) -> None:
     """Count the backward pass of a model on the validation text."""
     network = er.load(located_model(model))
+    for layer in network.layers:
+        if not layer.cell.thresholded:
+            raise ValueError(
+                f"model: {model} has a layer of {layer.cell.name}, whose units send no events; need an EGRU"
+            )
     corpus = load_recipe(preset=PRESET, settings=[("data.text", text)]).data.corpus()
     line = {"what": "backward", "name": name or model} | sizes(network)
     Records(results, ()).add(line | {"backward": backward_counts(network, corpus.valid)})

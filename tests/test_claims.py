@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 
+import eventrnn as er
+from eventrnn.cells import Cell
 from support.scripts import EXPERIMENTS, script
 
 
@@ -190,3 +193,11 @@ def test_the_two_cells_are_compared_after_as_many_epochs(claims, monkeypatch, ou
     assert found.holds is holds and found.figure.startswith(
         f"EGRU {ours:.1f}, GRU 100.0 on the validation text; GRU of 8"
     )
+
+
+def test_the_backward_pass_of_a_network_without_events_is_not_counted(monkeypatch, tmp_path):
+    short_trainings = script("short_trainings", monkeypatch)
+    sizes = {"symbols": 9, "embedding": 4, "readout": 9, "cell": Cell("gru")}
+    er.save(er.Network.random([4], rng=np.random.default_rng(0), **sizes), tmp_path / "gru.safetensors")
+    with pytest.raises(ValueError, match="model: .* has a layer of gru, whose units send no events; need an EGRU"):
+        short_trainings.backward(str(tmp_path / "gru.safetensors"), results=tmp_path / "lines.jsonl")
