@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -93,25 +93,32 @@ def at_activity(network: er.Network, asked: float, x: np.ndarray) -> er.Network:
     return with_threshold(low)
 
 
-def networks(
-    cell: str,
-    units: int,
-    block: tuple[int, int],
-    density: float,
-    rank: int | None,
-    period: int,
-    asked: float,
-    x: np.ndarray,
-) -> tuple[er.Network, er.Network]:
+@dataclass(frozen=True)
+class Layer:
+    """A layer with as many inputs as units, and the gated blocks of its matrices.
+
+    period : number of steps that share a choice
+    """
+
+    cell: str
+    units: int
+    block: tuple[int, int]
+    density: float
+    rank: int | None
+    period: int
+
+
+def networks(layer: Layer, asked: float, x: np.ndarray) -> tuple[er.Network, er.Network]:
     """A dense network, and one with the same weights behind gates, both at the asked activity of an EGRU."""
     rng = np.random.default_rng(1)
-    threshold = {"threshold": 0.0} if cell == "egru" else {}
-    dense = er.Network.random([units], inputs=units, rng=rng, cell=Cell(cell), **threshold)
-    gates = {"block": block, "density": density, "rank": rank, "gate_rule": "softmax", "gate_period": period}
+    threshold = {"threshold": 0.0} if layer.cell == "egru" else {}
+    dense = er.Network.random([layer.units], inputs=layer.units, rng=rng, cell=Cell(layer.cell), **threshold)
+    gates = {"block": layer.block, "density": layer.density, "rank": layer.rank, "gate_period": layer.period}
+    gates["gate_rule"] = "softmax"
     gated = dense.with_matrices(
         {name: er.GatedBlocks.from_weights(w, rng=rng, **gates) for name, w in dense.matrices().items()}
     )
-    if cell != "egru":
+    if layer.cell != "egru":
         return dense, gated
     return at_activity(dense, asked, x), at_activity(gated, asked, x)
 
@@ -127,41 +134,26 @@ def contestants(network: er.Network, x: np.ndarray) -> dict[str, Callable[[], ob
     return {"run": lambda: whole.run(x), "step": steps}
 
 
-def measure_speed(
-    cell: str,
-    units: int,
-    block: tuple[int, int],
-    density: float,
-    rank: int | None,
-    period: int,
-    asked: float,
-    steps: int,
-    repeats: int,
-) -> dict:
+def measure_speed(layer: Layer, asked: float, steps: int, repeats: int) -> dict:
     """The line of one activity: microseconds per step of both networks, and the operations of the gated one."""
-    x = np.random.default_rng(0).standard_normal((steps, 1, units), dtype=np.float32)
-    dense, gated = networks(cell, units, block, density, rank, period, asked, x)
+    x = np.random.default_rng(0).standard_normal((steps, 1, layer.units), dtype=np.float32)
+    dense, gated = networks(layer, asked, x)
     sides = {"dense": contestants(dense, x), "gated": contestants(gated, x)}
     seconds = interleaved({(side, way): run for side, ways in sides.items() for way, run in ways.items()}, repeats)
     each = {key: 1e6 * float(np.median(times)) / steps for key, times in seconds.items()}
     run, plain = er.simulate(gated, x, record="events"), er.simulate(dense, x)
+    shape, gates = (layer.units, Cell(layer.cell).gates * layer.units), {"rank": layer.rank, "period": layer.period}
+    cost = gate_cost(shape, block=layer.block, density=layer.density, **gates).cost
     total, executed = er.count(gated, run).total, er.count(dense, plain).total.executed
     return {
         "what": "speed",
-        "cell": cell,
-        "units": units,
-        "block": list(block),
-        "density": density,
-        "rank": rank,
-        "period": period,
+        **asdict(layer) | {"block": list(layer.block)},
         "asked_activity": asked,
         "steps": steps,
         "repeats": repeats,
         "activity": run.activity[0],
         "dense_activity": plain.activity[0],
-        "gate_cost": gate_cost(
-            (units, Cell(cell).gates * units), block=block, density=density, rank=rank, period=period
-        ).cost,
+        "gate_cost": cost,
         "executed_per_step": total.executed / steps,
         "selection_per_step": total.selection / steps,
         "dense_executed_per_step": executed / steps,
@@ -190,8 +182,8 @@ def speed(
     records, console = Records(results, KEY), Console()
     for name in cell or ("gru", "lstm", "egru"):
         for asked in (activity or (0.5, 0.1)) if name == "egru" else (1.0,):
-            options = parse_block(block), density, rank, period, asked, steps, repeats
-            line = records.add(measure_speed(name, units, *options))
+            layer = Layer(name, units, parse_block(block), density, rank, period)
+            line = records.add(measure_speed(layer, asked, steps, repeats))
             ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
             active = f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f})"
             console.print(f"{name}, {active}: {ways}", soft_wrap=True)
