@@ -56,7 +56,7 @@ def phases(network: er.Network, x: np.ndarray) -> dict:
     engine = CudaBackend().engine(network)
     layer, steps = engine.packed.loop(0, x.shape[1]), len(x)
     assert layer is not None
-    plan = layer.plan(x.shape[1])
+    plan = layer.plan(x.shape[1], steps)
     with engine.device.on_stream():
         layer.stamps = engine.device.empty((steps, plan.spread * plan.groups, tables.STAMPS), np.int64)
         layer.stamps.fill(0)

@@ -163,6 +163,12 @@ EMULATED = [
         }
         | {"shared_bytes": 104_000, "stage_bytes": 4096, "resident": 2, "warps": 4, "multiprocessors": 6},
     ),
+    # Blocks that compute all logits by themselves. A warp receives several parts of the sums, the last one of fewer rows.
+    (
+        Cell("lstm"),
+        {"units": (152,), "block": (32, 152), "rank": 3, "gate_rule": "softmax", "readout": None, "batch": 1}
+        | {"gated": ("w_rec",), "steps": 4, "gate_period": 2, "shared_bytes": 190_000, "alone": True},
+    ),
     # Choices that two steps share, in every matrix.
     (Cell("gru"), {"gate_period": 2, "steps": 3, "batch": 2}),
     # Dense weights of one sample.
@@ -182,8 +188,14 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
         in_pieces.append(bool(made[0][tables.IN_PIECES]))
         return made
 
+    def kernel(kind, narrow, stamped, alone):
+        kernels.append(alone)
+        return made_kernel(kind, narrow, stamped, alone)
+
     place, resident, in_pieces, options = gated_layer.GatedMatrix.places, [], [], dict(options)
-    kept = options.pop("resident", None)
+    made_kernel, kernels = gated_layer.gated_layer_kernel, []
+    monkeypatch.setattr(gated_layer, "gated_layer_kernel", kernel)
+    kept, alone = options.pop("resident", None), options.pop("alone", False)
     monkeypatch.setattr(gated_layer.GatedMatrix, "places", places)
     for name in ("shared_bytes", "multiprocessors"):
         monkeypatch.setattr(type(emulated), name, options.pop(name, getattr(emulated, name)))
@@ -202,7 +214,7 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     assert_same(expected, got)
     # In some cases some block rows stay in shared memory, and others are copied in every step.
     gated = isinstance(network.layers[0].w_rec, GatedBlocks)
-    assert any(in_pieces) == (warps > emulated_gpu.WARPS)
+    assert any(in_pieces) == (warps > emulated_gpu.WARPS) and set(kernels) == {alone}
     assert max(resident) == (kept or (network.layers[0].w_rec.grid[0] if gated else 2))
     layout = "gated" if gated else "dense strips"
     assert got.paths["layers.0.w_rec"] == f"{layout} {options.get('storage', 'float32')} in L2"
@@ -217,6 +229,7 @@ TILE_ARRAYS = {("layers.0.w_in", name) for name in ("inputs", "maxima", "parts",
     [
         {"gate_period": 2, "steps": 4},
         {"storage": "bfloat16", "gate_rule": "softmax", "steps": 3},
+        {"rank": 3, "gate_rule": "softmax", "steps": 3},
         # One block row, whose rows are no whole turns of the kernel.
         {"inputs": 40, "block": (40, 64), "steps": 3},
     ],

@@ -12,7 +12,7 @@ from eventrnn.cuda.gated_matrix import MIN_WORKERS, GatedMatrix, Owned, RowStrip
 from eventrnn.cuda.kernels.gated_loop import gated_layer_kernel
 from eventrnn.cuda.plan import MIN_TILE_WIDTH
 from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, pitch_of
-from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, MAX_SAMPLES
+from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, MAX_SAMPLES, RESIDENT_STEPS
 from eventrnn.weights import MatrixId
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class GatedPlan:
     spread, groups : blocks of a group of samples, and groups that run at the same time
     matrix, places : tables of the matrix and of shared memory, on the GPU
     shared         : bytes of shared memory of a block
+    alone          : whether a block computes all logits by itself (`kernels/gated_factors.py`)
     """
 
     tiles: int
@@ -41,6 +42,7 @@ class GatedPlan:
     matrix: Any
     places: Any
     shared: int
+    alone: bool
 
 
 class GatedLayer:
@@ -59,19 +61,21 @@ class GatedLayer:
         self.stamps: Any = None
         with device.on_stream():
             self.thresholds = device.put(np.asarray(layer.threshold, np.float32))
-        self._plans: dict[int, GatedPlan] = {}
+        self._plans: dict[tuple[int, bool], GatedPlan] = {}
         self._strips: dict[tuple[int, int, int], tuple[Any, tuple[int, int]]] = {}
 
-    def plan(self, batch: int) -> GatedPlan:
+    def plan(self, batch: int, steps: int = 1) -> GatedPlan:
         """The plan for a batch size: more groups of samples for more samples, and fewer blocks per group.
 
-        Raises ValueError where not even one sample fits into shared memory.
+        In runs of RESIDENT_STEPS or more, blocks choose alone where they can. Raises ValueError where not even one
+        sample fits into shared memory.
         """
-        if batch not in self._plans:
-            self._plans[batch] = self._planned(batch)
-        return self._plans[batch]
+        alone = steps >= RESIDENT_STEPS and self.w_rec.chooses_alone
+        if (batch, alone) not in self._plans:
+            self._plans[batch, alone] = self._planned(batch, alone)
+        return self._plans[batch, alone]
 
-    def _planned(self, batch: int) -> GatedPlan:
+    def _planned(self, batch: int, alone: bool) -> GatedPlan:
         device, weights, gates = self.device, self.w_rec.weights, self.w_rec.gates
         groups = min(batch, MAX_SAMPLES, device.multiprocessors)
         share = device.multiprocessors // groups
@@ -94,16 +98,17 @@ class GatedLayer:
         groups = max(1, device.multiprocessors // spread)
         for samples in range(min(MAX_SAMPLES, -(-batch // groups)), 0, -1):
             items = max(tiles * gates, owned.logits, inner)
-            places, shared = self.w_rec.places(samples, offsets, items, LAYER_STAGE_BYTES, owned)
+            places, shared = self.w_rec.places(samples, offsets, items, LAYER_STAGE_BYTES, owned, alone)
             # With few rings, fewer samples per block are faster.
             enough = places[tables.WORKERS] >= min(items, MIN_WORKERS) and shared <= device.shared_bytes
             if enough or samples == 1:
                 break
+        if alone and (samples > 1 or shared > device.shared_bytes):
+            return self.plan(batch)
         need_shared(weights, shared, device.shared_bytes)
         with device.on_stream():
-            return GatedPlan(
-                tiles, samples, spread, min(groups, -(-batch // samples)), matrix, device.put(places), shared
-            )
+            groups = min(groups, -(-batch // samples))
+            return GatedPlan(tiles, samples, spread, groups, matrix, device.put(places), shared, alone)
 
     def enqueue(self, buffers: RunBuffers, k: int, drive: Any, after: Any, status: Any) -> None:
         """Put all steps of layer k on the stream.
@@ -111,7 +116,7 @@ class GatedLayer:
         drive : (steps * batch, gates * units) float32, its input drives
         after : (steps, batch, units) float32 for the cells after each step, or None
         """
-        device, steps, batch, plan = self.device, buffers.steps, buffers.batch, self.plan(buffers.batch)
+        device, steps, batch, plan = self.device, buffers.steps, buffers.batch, self.plan(buffers.batch, buffers.steps)
         logit_pitch, pitch = pitch_of(self.w_rec.weights.n_blocks), pitch_of(self.units)
         logits = buffers.scratch(("logits", k), (steps, batch, logit_pitch), np.float32)
         logits.data.memset_async(UNWRITTEN_BYTE, logits.nbytes)
@@ -141,7 +146,7 @@ class GatedLayer:
                 buffers.tables[key] = device.put(table)
             row = buffers.tables[key]
         kind, narrow, threads = (self.cell.name, self.cell.variant), self.w_rec.narrow, LANES * self.w_rec.warps
-        options = kind, narrow, self.stamps is not None
+        options = kind, narrow, self.stamps is not None, plan.alone
         kernel = device.kernel(("gated_layer", *options), lambda: gated_layer_kernel(*options), threads)
         for first in range(0, batch, plan.groups * plan.samples):
             groups = min(plan.groups, -(-(batch - first) // plan.samples))

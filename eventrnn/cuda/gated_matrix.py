@@ -16,12 +16,14 @@ from eventrnn.cuda.packing import in_strips
 from eventrnn.cuda.row_tiles import MIN_TILED_ROWS, GatedTiles, Scratch
 from eventrnn.cuda.tables import (
     CHOICE_WORDS,
+    FACTOR_COLUMNS,
     LANES,
     MAX_SAMPLES,
     PIECE,
     RATIO_PAD,
     ROW_GROUP,
     ROWS_STAGE_BYTES,
+    SEGMENT,
     STAGES,
     TAIL_BYTES,
 )
@@ -219,10 +221,15 @@ class GatedMatrix:
         """
         weights, fields = self.weights, np.zeros(tables.GATED_FIELDS, np.int64)
         # The first factor has the rows of the inputs, padded as those.
-        gate = padded_rows(weights.gate, weights.block[0])
-        out = gate if weights.gate_out is None else padded_rows(weights.gate_out, self.rank)
+        gate = out = padded_rows(weights.gate, weights.block[0])
+        inner = None
+        if weights.gate_out is not None:
+            # Few columns are padded to as many as the logits of `kernels/gated_factors.py` take.
+            columns = max(self.rank, FACTOR_COLUMNS)
+            inner = RowStrips.of_factor(gate, min(LANES, columns))
+            out = np.zeros((_rounded(columns, ROW_GROUP), weights.n_blocks), np.float32)
+            out[: self.rank] = weights.gate_out
         logits = RowStrips.of_factor(out, logit_width)
-        inner = None if weights.gate_out is None else RowStrips.of_factor(gate, min(LANES, self.rank))
 
         def place(values: int, each: RowStrips) -> None:
             stage_rows = each.stage_rows(stage_bytes)
@@ -246,6 +253,13 @@ class GatedMatrix:
         threads = max(self.weights.shape[0] // 4, self.weights.n_blocks // LOGITS_PER_THREAD)
         return next((warps for warps in WARPS if LANES * warps >= threads), WARPS[-1])
 
+    @property
+    def chooses_alone(self) -> bool:
+        """Whether a block of a layer may compute all logits of one sample by itself: those of a gate of two factors,
+        where a warp receives whole parts of the sums, and a thread computes two logits at most."""
+        whole = self.weights.block[0] % ROW_GROUP == 0 and SEGMENT % self.part_rows == 0
+        return whole and 0 < self.rank <= FACTOR_COLUMNS and self.weights.n_blocks <= 2 * LANES * self.warps
+
     def _choice_bytes(self, samples: int) -> dict[int, int]:
         """The bytes of what a choice needs in shared memory, by column of the table of places."""
         blocks = self.weights.n_blocks
@@ -258,7 +272,13 @@ class GatedMatrix:
         }
 
     def places(
-        self, samples: int, offsets: int, items: int, stage_bytes: int, owned: Owned | None = None
+        self,
+        samples: int,
+        offsets: int,
+        items: int,
+        stage_bytes: int,
+        owned: Owned | None = None,
+        alone: bool = False,
     ) -> tuple[np.ndarray, int]:
         """The table of shared memory (tables.PLACE_FIELDS,) of a kernel, and its bytes.
 
@@ -268,6 +288,7 @@ class GatedMatrix:
         stage_bytes : see `table`
         owned   : what a block owns of a layer; None for independent rows. Weights of its logits, and then the first
                   block rows of its strips, are resident, as many as have room
+        alone   : whether a block chooses alone (`chooses_alone`)
         """
         owned = Owned(0, 0, 0, 0, 0, 0) if owned is None else owned
         own_strips = owned.tiles * owned.gates
@@ -310,10 +331,13 @@ class GatedMatrix:
         part_bytes = 4 * LANES * owned.logits * parts if logit_bytes and samples == 1 else 0
         table[tables.AT_PARTS], table[tables.AT_LOGITS] = at, at + part_bytes
         table[tables.LOGITS_RESIDENT] = 0 < logit_bytes and logit_bytes + part_bytes <= room
-        if table[tables.LOGITS_RESIDENT]:
+        if alone:
+            part_bytes, logit_bytes = 4 * LANES * parts, 4 * FACTOR_COLUMNS * pitches[tables.INPUT_PITCH_OF]
+            table[tables.AT_LOGITS] = at + part_bytes
+        if alone or table[tables.LOGITS_RESIDENT]:
             at, room = at + part_bytes + logit_bytes, room - part_bytes - logit_bytes
         block_bytes = own_strips * owned.width * _rounded(r, ROW_GROUP) * (2 if self.narrow else 4)
-        resident = min(self.weights.grid[0], room // block_bytes) if block_bytes else 0
+        resident = max(0, min(self.weights.grid[0], room // block_bytes)) if block_bytes else 0
         table[tables.AT_RESIDENT], table[tables.RESIDENT_ROWS] = at, resident
         at += resident * block_bytes
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
@@ -361,7 +385,7 @@ class GatedMatrix:
         fields, sizes = np.zeros(tables.GATED_FIELDS, np.int64), self._sizes()
         fields[list(sizes)] = list(sizes.values())
         places, at = np.zeros(tables.PLACE_FIELDS, np.int64), 0
-        for field, size in self._choice_bytes(1).items():
+        for field, size in {tables.AT_INNER: 4 * self.rank, **self._choice_bytes(1)}.items():
             places[field], at = at, at + _rounded(size, 16)
         need_shared(self.weights, at, self.device.shared_bytes)
         values = dense_values(self.weights)

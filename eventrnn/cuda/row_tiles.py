@@ -118,17 +118,21 @@ class GatedTiles:
         self.device, self.weights, self.threads, self.shared = device, weights, LANES * warps, places[1]
         # Only that of a single block row may be rounded, which is the only part.
         self.part = _rounded(part, TILE_INPUTS)
+        start_at = int(fields[tables.LOGIT_BIAS])
         with device.on_stream():
+            if weights.gate_out is not None:
+                # Of two factors the first one is multiplied in tiles, from zeros on.
+                self.out, self.zeros = device.put(weights.gate_out), device.put(np.zeros(len(weights.gate_out), np.float32))
+                fields[tables.LOGIT_VALUES], start_at = self.out.data.ptr, self.zeros.data.ptr
             self.table, self.places = device.put(fields), device.put(places[0])
         self.blocks = TiledWeights(device, values, int(fields[tables.BIAS]))
-        self.logits = TiledWeights(device, weights.gate, int(fields[tables.LOGIT_BIAS]))
+        self.logits = TiledWeights(device, weights.gate, start_at)
 
     @staticmethod
     def fits(weights: GatedBlocks) -> bool:
-        """Whether a tile lies in one block column, and a turn of the kernel in one block row; gates of one factor."""
+        """Whether a tile lies in one block column, and a turn of the kernel in one block row."""
         (r, c), (block_rows, block_columns) = weights.block, weights.grid
-        whole = (r % TILE_INPUTS == 0 or block_rows == 1) and (c % TILE_SIDE == 0 or block_columns == 1)
-        return whole and weights.gate_out is None
+        return (r % TILE_INPUTS == 0 or block_rows == 1) and (c % TILE_SIDE == 0 or block_columns == 1)
 
     @property
     def parts(self) -> int:
@@ -137,7 +141,7 @@ class GatedTiles:
 
     def rows_at_a_time(self, batch: int) -> int:
         """The rows that are multiplied at a time, whole steps and at least one."""
-        rows = min(ROWS_AT_A_TIME, PART_BYTES // (4 * self.parts * self.weights.n_blocks))
+        rows = min(ROWS_AT_A_TIME, PART_BYTES // (4 * self.parts * self.logits.columns))
         return max(1, rows // batch) * batch
 
     def _arrays(self, rows: int, batch: int, scratch: Scratch) -> tuple[Any, ...]:
@@ -146,7 +150,7 @@ class GatedTiles:
         return (
             scratch("inputs", (self.logits.inputs, _rounded(rows, TILE_SIDE)), np.float32),
             scratch("maxima", (rows, self.threads // LANES), np.int32),
-            scratch("parts", (self.parts, rows, blocks), np.float32),
+            scratch("parts", (self.parts, rows, self.logits.columns), np.float32),
             scratch("gates", (batch + rows, blocks), np.float32),
             scratch("left", (batch,), np.int32),
         )

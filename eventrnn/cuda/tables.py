@@ -214,6 +214,9 @@ CLASSES, RANKED = 256, 32
 # each of them; and numbers behind the ratios.
 CHOICE_WORDS, RATIO_PAD = 160 + CLASSES + RANKED, 64
 
+# Columns of the first factor of a gate whose logits every block of a layer computes by itself (`kernels/gated_factors.py`).
+FACTOR_COLUMNS = 16
+
 # Rows and columns of a tile of `kernels/row_tiles.py`, and inputs that are multiplied between two barriers.
 TILE_SIDE, TILE_INPUTS = 64, 16
 
@@ -274,9 +277,11 @@ TILE_SIDE, TILE_INPUTS = 64, 16
     AT_TILES,  # (tiles, 2) int32, the first unit of a tile and its units
     AT_STARTS,  # (tiles, gates, 32) float32, biases, then as many int32, block columns
     AT_LOGIT_STARTS,  # (strips of logits of the block, 32) float32, biases of the logits
-    AT_PARTS,  # (strips of logits of the block, PARTS, 32) float32, parts of logits, where LOGITS_RESIDENT is 1
+    AT_PARTS,  # (strips of logits of the block, PARTS, 32) float32, parts of logits, where LOGITS_RESIDENT is 1; of a
+    # block that chooses alone (PARTS, 32), parts of the numbers between two factors
     AT_HELD,  # (samples, 2) int32, further steps with the gates of a sample, and the bits of its largest gate
-    AT_LOGITS,  # (strips of logits of the block, PADDED_PRE, LOGIT_WIDTH) float32, where LOGITS_RESIDENT is 1
+    AT_LOGITS,  # (strips of logits of the block, PADDED_PRE, LOGIT_WIDTH) float32, where LOGITS_RESIDENT is 1; of a
+    # block that chooses alone the first of two factors, (PADDED_PRE, FACTOR_COLUMNS)
     AT_RESIDENT,  # (strips of the block, RESIDENT_ROWS, PADDED_ROWS, width), first block rows of the weights
     INPUT_PITCH_OF,  # float32 from one row of inputs to the next; not an offset, like the following columns
     ACTIVE_PITCH,

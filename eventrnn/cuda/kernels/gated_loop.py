@@ -34,6 +34,7 @@ from eventrnn.cuda.kernels.gated_choice import (
     is_too_large,
     write_gates,
 )
+from eventrnn.cuda.kernels.gated_factors import copy_factor, load_out, make_add_parts, out_of_logit, two_logits
 from eventrnn.cuda.kernels.gated_inputs import load_row
 from eventrnn.cuda.kernels.gated_kernels import (
     magnitude_bits,
@@ -60,7 +61,8 @@ from eventrnn.cuda.kernels.ptx import (
     store_relaxed,
     wait_for_copies,
 )
-from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGES, TAIL_BYTES
+from eventrnn.cuda.kernels.strip_product import FULL_WARP
+from eventrnn.cuda.tables import FACTOR_COLUMNS, LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGES, TAIL_BYTES
 
 
 @device_function
@@ -77,11 +79,12 @@ def sum_of_parts(at, parts):
     return total
 
 
-def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = False):
+def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = False, alone: bool = False):
     """The kernel of a layer with a gated recurrent matrix, and its signature.
 
     kind      : name and variant of the cell
     stamped   : whether the layer has stamps
+    alone     : whether a block, which has one sample, computes all logits by itself (`gated_factors.py`)
     matrix_at, place_at, layer_at : the tables of the matrix, of shared memory and of the layer
     first     : the first sample of the launch
     spread    : blocks of a group of samples; tiles, samples : what a block owns
@@ -89,6 +92,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
     (add_strip, _, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
     begin_pieces, end_pieces = make_pieces(narrow, LAYER_STAGE_BYTES)
     _, begin_strip, end_factor, add_piece = make_add_strip(False, LAYER_STAGE_BYTES)
+    add_parts = make_add_parts(add_piece)
     sums_offset = STAGES * LAYER_STAGE_BYTES
     ring_bytes = sums_offset + TAIL_BYTES
     n_gates, size = len(EQUATIONS[kind[0]][kind[1]].gates), 2 if narrow else 4
@@ -267,6 +271,11 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     copy_async16(target + 16 * piece, block_values + size * offset + 16 * piece)
                     piece += LANES
             block_row = int32(block_row + warps)
+        if alone:
+            copy_factor(resident_logits_at, m[tables.INNER_VALUES], n_rows, thread, threads)
+            if thread < LANES:
+                # Those of the warps that receive nothing.
+                shared_int32(maxima_at)[thread] = int32(0)
         wait_for_copies()
         cells, sample, tile, item = global_float32(layer[tables.ROW_CELLS]), int32(0), warp, warp
         while True:
@@ -295,6 +304,14 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         of_strip = int32(max(1, parts * logit_width))
         first_strip = int32(thread // of_strip)
         first_part = int32(int32(thread - first_strip * of_strip) // logit_width)
+        if alone:
+            # The two logits of the thread. A warp receives two segments of inputs, whose parts have 32 columns.
+            pollers = int32(int32(warps + 1) >> int32(1))
+            column = int32(min(thread, int32(blocks - 1)))
+            other_column = int32(min(int32(thread + threads), int32(blocks - 1)))
+            start, other_start = global_float32(logit_bias)[column], global_float32(logit_bias)[other_column]
+            out_at = out_of_logit(logit_values, m[tables.LOGIT_OFFSETS], logit_width, column)
+            other_out_at = out_of_logit(logit_values, m[tables.LOGIT_OFFSETS], logit_width, other_column)
         t = int64(0)
         while t < steps:
             stamp(stamps_at, t, 0, thread)
@@ -320,7 +337,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     fresh = int32(1)
                 sample = int32(sample + 1)
             # Weights of the first own logits are copied while outputs of the step before arrive.
-            if fresh != 0 and logits_resident == 0 and rank == 0 and warp < workers and warp < own_logits:
+            if not alone and fresh != 0 and logits_resident == 0 and rank == 0 and warp < workers and warp < own_logits:
                 strip, at = int32(part + warp * spread), offsets_at + int64(8) * (own_rows + warp)
                 factor = strip_of_factor(
                     *(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane),
@@ -330,6 +347,19 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
 
             # Outputs of the step before.
             missing, sample = int32(0), int32(0)
+            if alone:
+                w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, wa, wb, wc, wd, we, wf = load_out(out_at, logit_width)
+                v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, va, vb, vc, vd, ve, vf = load_out(other_out_at, logit_width)
+                sample, of_pollers = own_samples, Lane(lane, warp, pollers)
+                if warp < pollers:
+                    missing = load_row(
+                        *(log_at + row * row_bytes, n, r, int32(padded - r), inputs, active),
+                        *(shared_int32(maxima_at), of_pollers),
+                    )
+                    # The other lanes have written inputs.
+                    cuda.syncwarp(FULL_WARP)
+                    if fresh != 0:
+                        add_parts(inputs_at, resident_logits_at, parts_at, part_rows, n_rows, of_pollers)
             while sample < own_samples:
                 missing |= load_row(
                     log_at + (row + sample) * row_bytes,
@@ -348,7 +378,19 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
 
             stamp(stamps_at, t, 1, thread)
 
-            if fresh != 0:
+            if alone and fresh != 0:
+                # All logits of this step.
+                value = sum_of_parts(parts_at + int64(4) * (lane & int32(FACTOR_COLUMNS - 1)), parts)
+                logit, other_logit = two_logits(
+                    *(value, (w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, wa, wb, wc, wd, we, wf)),
+                    *((v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, va, vb, vc, vd, ve, vf), start, other_start),
+                )
+                # The same thread reads them.
+                if thread < blocks:
+                    gates[thread] = logit
+                if thread + threads < blocks:
+                    gates[int32(thread + threads)] = other_logit
+            if fresh != 0 and not alone:
                 # The own logits of this step.
                 if rank > 0:
                     # Numbers that only these layers need are read here, so that they occupy no registers elsewhere.
@@ -424,7 +466,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                             sample = int32(sample + 1)
                     k = int32(k + workers)
             stamp(stamps_at, t, 2, thread)
-            if fresh != 0:
+            if fresh != 0 and not alone:
                 # All logits of this step.
                 sample = int32(0)
                 while sample < own_samples:

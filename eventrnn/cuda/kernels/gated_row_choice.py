@@ -1,19 +1,22 @@
 """The choices of many rows of inputs: gates of the parts of their logits, for `row_tiles.tile_product`.
 
 choose_rows : a block owns a row. It adds the parts of the logits, chooses (`gated_choice.py`), and writes the gates. Of
-              rows that share a choice, the block of the row that chose does all of it, and the others nothing.
+              a gate of two factors they are parts of the numbers between both, of which the block computes the logits.
+              Of rows that share a choice, the block of the row that chose does all of it, and the others nothing.
 carry_gates : a block owns a sample. It moves the gates that the sample holds after some rows to the place of those that
               it holds before further ones.
 
 =========== ======== ===========================================================================================
 array       memory   shape, dtype, contents
 =========== ======== ===========================================================================================
-parts       global   (parts, rows, blocks) float32, parts of logits
+parts       global   (parts, rows, blocks) float32, parts of logits; of a gate of two factors (parts, rows, rank)
+inner       shared   (rank,) float32, the numbers between two factors
 maxima      global   (rows, warps) int32, `row_tiles.spread_rows`
 gates, left global   `row_tiles.py`
 =========== ======== ===========================================================================================
 
-The table of shared memory (`tables.PLACE_FIELDS`) has the arrays that `gated_choice.py` describes.
+The table of shared memory (`tables.PLACE_FIELDS`) has `inner` and the arrays that `gated_choice.py` describes. In that
+of the matrix LOGIT_VALUES is the address of the second of two factors, (rank, blocks) float32.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from __future__ import annotations
 from numba import int32, int64, types
 
 from eventrnn.cuda import tables
-from eventrnn.cuda.device import cuda
+from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.gated_choice import FACTOR, choose, is_too_large
 from eventrnn.cuda.kernels.gated_kernels import magnitude_bits, report
 from eventrnn.cuda.kernels.persistent import Lane
@@ -36,6 +39,18 @@ from eventrnn.cuda.kernels.ptx import (
 )
 from eventrnn.cuda.kernels.row_tiles import slot_of
 from eventrnn.cuda.tables import LANES
+
+
+@device_function
+def sum_parts(sums, parts_at, parts, row, rows, columns, thread, threads):
+    """Write the sums of a row (columns,) of their parts (parts, rows, columns), in ascending order."""
+    k, pitch = thread, rows * columns
+    while k < columns:
+        part, each = global_float32(parts_at + 4 * (row * columns + k)), int64(1)
+        total = part[0]
+        while each < parts:
+            total, each = total + part[each * pitch], each + 1
+        sums[k], k = total, int32(k + threads)
 
 
 def choose_rows_kernel():
@@ -61,18 +76,23 @@ def choose_rows_kernel():
             shared_float32(shared + place[tables.AT_GATES]),
             shared_int32(shared + place[tables.AT_MAXIMA]),
         )
-        words_at = shared + place[tables.AT_WORDS]
+        words_at, inner_at = shared + place[tables.AT_WORDS], shared + place[tables.AT_INNER]
         words = shared_int32(words_at)
         slot = global_float32(gates_at + 4 * blocks * slot_of(row, batch, period, left))
         all_maxima, own, last, largest = global_int32(maxima_at), row, row, int32(0)
         if step >= left:
-            k, pitch = thread, rows * blocks
-            while k < blocks:
-                part, each = global_float32(parts_at + 4 * (row * blocks + k)), int64(1)
-                total = part[0]
-                while each < parts:
-                    total, each = total + part[each * pitch], each + 1
-                gates[k], k = total, int32(k + threads)
+            rank, k = int32(m[tables.RANK]), thread
+            if rank > 0:
+                sum_parts(shared_float32(inner_at), parts_at, parts, row, rows, rank, thread, threads)
+                cuda.syncthreads()
+                out, inner = global_float32(m[tables.LOGIT_VALUES]), shared_float32(inner_at)
+                while k < blocks:
+                    total, q = global_float32(m[tables.LOGIT_BIAS])[k], int32(0)
+                    while q < rank:
+                        total, q = cuda.fma(out[int64(q) * blocks + k], inner[q], total), int32(q + 1)
+                    gates[k], k = total, int32(k + threads)
+            else:
+                sum_parts(gates, parts_at, parts, row, rows, blocks, thread, threads)
             if thread < warps:
                 maxima[thread] = all_maxima[row * warps + thread]
             cuda.syncthreads()

@@ -561,6 +561,11 @@ load_readonly2 = instruction(
     "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
 )
 
+#: address, a multiple of 16: four neighbouring float32 of global memory that are read-only during the kernel
+load_readonly4 = instruction(
+    "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", types.UniTuple(types.float32, 4), types.int64
+)
+
 #: global address and a float32
 store_float = instruction("st.global.f32 [$0], $1;", f"l,f,{MEMORY}", NOTHING, types.int64, types.float32)
 
