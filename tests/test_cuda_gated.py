@@ -163,11 +163,11 @@ EMULATED = [
         }
         | {"shared_bytes": 104_000, "stage_bytes": 4096, "resident": 2, "warps": 4, "multiprocessors": 6},
     ),
-    # Blocks that compute all logits by themselves. A warp receives several parts of the sums, the last one of fewer rows.
+    # Blocks that compute all logits by themselves. A warp receives several parts, the last one of fewer rows.
     (
         Cell("lstm"),
         {"units": (152,), "block": (32, 152), "rank": 3, "gate_rule": "softmax", "readout": None, "batch": 1}
-        | {"gated": ("w_rec",), "steps": 4, "gate_period": 2, "shared_bytes": 190_000, "alone": True},
+        | {"gated": ("w_rec",), "steps": 4, "gate_period": 2, "shared_bytes": 190_000, "alone": True, "resident": 3},
     ),
     # Choices that two steps share, in every matrix.
     (Cell("gru"), {"gate_period": 2, "steps": 3, "batch": 2}),
@@ -294,7 +294,7 @@ def test_emulated_runs_and_steps_go_on_with_the_choice_that_steps_share(emulated
 
 @pytest.mark.parametrize("rule", ["linear", "softmax"])
 def test_the_choice_of_an_emulated_block_of_threads_is_that_of_the_specification(emulated, rule):
-    from eventrnn.cuda.kernels.gated_choice import choose
+    from eventrnn.cuda.kernels.gated_choice import choose, clear_counts
     from eventrnn.cuda.kernels.ptx import cuda, global_float32, shared_base, shared_float32, shared_int32
 
     def kernel(logits_at, gates_at, n, kept, softmax):
@@ -306,6 +306,7 @@ def test_the_choice_of_an_emulated_block_of_threads_is_that_of_the_specification
         for k in range(thread, n, cuda.blockDim.x):
             gates[k] = global_float32(logits_at)[k]
         maxima[thread & 31] = np.int32(0)
+        clear_counts(words, me)
         cuda.syncthreads()
         bad = choose(gates, keys, base + 4608, words, maxima, np.int32(n), np.int32(kept), softmax, me)
         for k in range(thread, n, cuda.blockDim.x):
@@ -391,6 +392,10 @@ DRAWN = [
     {"block": (1, 70), "units": (70, 33), "batch": 2, "gated": ("w_rec", "readout")},
     {"block": (16, 16), "units": (70, 33), "batch": 5, "gated": ("w_in",), "gate_rule": "softmax"},
     {"block": (50, 64), "units": (150, 70), "batch": 3, "gate_period": 4, "gate_rule": "softmax"},
+    # Tiles of input matrices of one block row, with gates of one factor and of two; layers that choose alone.
+    {"block": (40, 64), "units": (64,), "batch": 5, "gate_rule": "softmax"},
+    {"block": (40, 64), "units": (64,), "batch": 5, "gate_rule": "softmax", "rank": 5},
+    {"block": (32, 64), "units": (320, 150), "batch": 1, "gate_rule": "softmax", "rank": 5, "gate_period": 2},
 ]
 
 
@@ -420,6 +425,14 @@ def test_wide_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(units, block, stora
         sizes = {"units": (units,), "inputs": 64, "readout": None, "steps": 9, "batch": batch}
         options = {"block": block, "storage": storage, "density": 0.5, "gate_rule": "softmax"}
         check_on_a_gpu(*case(Cell("lstm"), **sizes, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_wide_layers_of_which_every_block_computes_all_logits_on_a_gpu_have_the_bits_of_the_cpu(cell):
+    sizes = {"units": (1536,), "inputs": 64, "readout": None, "steps": 12, "batch": 1, "block": (128, 128)}
+    for options in ({"storage": "float32"}, {"storage": "bfloat16", "gate_period": 4}):
+        check_on_a_gpu(*case(Cell(cell), **sizes, **options, rank=16, density=0.5, gate_rule="softmax"))
 
 
 @pytest.mark.gpu

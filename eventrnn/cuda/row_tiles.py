@@ -122,7 +122,10 @@ class GatedTiles:
         with device.on_stream():
             if weights.gate_out is not None:
                 # Of two factors the first one is multiplied in tiles, from zeros on.
-                self.out, self.zeros = device.put(weights.gate_out), device.put(np.zeros(len(weights.gate_out), np.float32))
+                self.out, self.zeros = (
+                    device.put(weights.gate_out),
+                    device.put(np.zeros(len(weights.gate_out), np.float32)),
+                )
                 fields[tables.LOGIT_VALUES], start_at = self.out.data.ptr, self.zeros.data.ptr
             self.table, self.places = device.put(fields), device.put(places[0])
         self.blocks = TiledWeights(device, values, int(fields[tables.BIAS]))

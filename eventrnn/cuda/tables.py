@@ -214,7 +214,7 @@ CLASSES, RANKED = 256, 32
 # each of them; and numbers behind the ratios.
 CHOICE_WORDS, RATIO_PAD = 160 + CLASSES + RANKED, 64
 
-# Columns of the first factor of a gate whose logits every block of a layer computes by itself (`kernels/gated_factors.py`).
+# Columns of the first of two factors of a gate of which a block computes all logits (`kernels/gated_factors.py`).
 FACTOR_COLUMNS = 16
 
 # Rows and columns of a tile of `kernels/row_tiles.py`, and inputs that are multiplied between two barriers.

@@ -169,7 +169,6 @@ CLUSTERS = {
     "barrier_expect_bytes": lambda at, size: transactions[_whole(at)].count(1, int(size)),
     "barrier_try_wait": _try_wait,
     "store_async": _store_async,
-    "barrier_end": lambda at: transactions.pop(_whole(at)),
     "copy_bulk": _copy_bulk,
 }
 

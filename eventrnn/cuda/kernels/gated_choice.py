@@ -44,8 +44,9 @@ LOWEST_KEY, MAGNITUDE = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
 
 # Places of `words`: counts of two votes per warp, the largest and the smallest key of each warp, whether the gates are
 # not finite, the bits of what ratios are multiplied by, how many logits of the class of the smallest chosen one are
-# listed; counts of classes of logits, the keys of the listed ones, and twice the counts of the candidates by each warp.
-SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, LISTED = 32, 64, 96, 128, 129, 130
+# listed, and the bits of the range of the last logits (`range_of`); counts of classes of logits, the keys of the listed
+# ones, and twice the counts of the candidates by each warp.
+SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, LISTED, BOTTOM, SCALE = 32, 64, 96, 128, 129, 130, 131, 132
 CLASS_COUNTS, LIST, COUNTS = 160, 160 + CLASSES, 160 + CLASSES + RANKED
 
 assert CLASSES == 8 * LANES and RANKED == LANES and COUNTS == CHOICE_WORDS, "a lane has eight classes and one key"
@@ -197,8 +198,43 @@ def smallest_chosen(logits, words, n, kept, smallest, largest, me):
 
 @device_function
 def class_of(logit, bottom, scale):
-    """The class of a finite logit; that of a larger one is the same or a larger one."""
-    return int32(min(int32((logit - bottom) * scale), int32(CLASSES - 1)))
+    """The class of a logit; that of a larger one is the same or a larger one."""
+    place, each = np.float32(0), (logit - bottom) * scale
+    if each > place:
+        place = each
+    if place > np.float32(CLASSES - 1):
+        place = np.float32(CLASSES - 1)
+    return int32(place)
+
+
+@device_function
+def range_of(smallest, largest):
+    """The smallest logit, and the classes per unit of logits, from two keys. The latter are 0 where no classes divide
+    the logits: their difference may be infinite, zero, or so small that the quotient is not finite."""
+    bottom, scale = libdevice.int_as_float(key_of(smallest)), np.float32(0)
+    width = libdevice.int_as_float(key_of(largest)) - bottom
+    if width > 0 and width - width == 0:
+        scale = np.float32(CLASSES - 1) / width
+    if not (scale > 0 and scale - scale == 0):
+        scale = np.float32(0)
+    return bottom, scale
+
+
+@device_function
+def count_class(words_at, logit, bottom, scale):
+    """Count a logit in its class."""
+    if scale > 0:
+        add_shared(int32(words_at + int64(4) * (CLASS_COUNTS + class_of(logit, bottom, scale))), int32(1))
+
+
+@device_function
+def clear_counts(words_at, me):
+    """Write zeros to the counts of the classes, as a choice needs them. The block is synchronised afterwards."""
+    words, b = shared_int32(words_at), int32(me[1] * LANES + me[0])
+    if b == 0:
+        words[LISTED], words[SCALE] = int32(0), int32(0)
+    while b < CLASSES:
+        words[int32(CLASS_COUNTS + b)], b = int32(0), int32(b + me[2] * LANES)
 
 
 @device_function
@@ -242,13 +278,17 @@ def class_of_smallest_chosen(words_at, kept, lane):
 
 
 @device_function
-def smallest_of_class(words, size, wanted, lane):
+def smallest_of_class(words_at, size, wanted, lane):
     """The `wanted`-th largest of `size` listed keys, how many of them reach it, and how many are larger."""
+    words = shared_int32(words_at)
     key, larger, k = LOWEST_KEY, int32(0), int32(0)
     if lane < size:
         key = words[int32(LIST + lane)]
     while k < size:
-        larger, k = int32(larger + int32(words[int32(LIST + k)] > key)), int32(k + 1)
+        a, b, c, d = load_shared4(int32(words_at + int64(4) * (LIST + k)))
+        one, two = int32(a > key), int32(k + 1 < size and b > key)
+        three, four = int32(k + 2 < size and c > key), int32(k + 3 < size and d > key)
+        larger, k = int32(int32(larger + one + two) + int32(three + four)), int32(k + 4)
     # The keys that fewer than `wanted` ones exceed; the smallest of them is the result.
     result = MAGNITUDE
     if lane < size and larger < wanted:
@@ -260,24 +300,13 @@ def smallest_of_class(words, size, wanted, lane):
 
 
 @device_function
-def divided_choice(logits, keys, words_at, n, kept, smallest, largest, me):
-    """`smallest_chosen` by the classes of the logits, whose counts are zeros before. If too many logits lie in one
-    class, or the logits are not finite, it is a search."""
+def divided_choice(logits, keys, words_at, n, kept, smallest, largest, bottom, scale, me):
+    """`smallest_chosen` by the classes of the logits, which were counted. If too many logits lie in one class, or no
+    classes divide them, it is a search."""
     lane, warp, warps = me
     thread, threads, words = int32(warp * LANES + lane), int32(warps * LANES), shared_int32(words_at)
-    bottom = libdevice.int_as_float(key_of(smallest))
-    width = libdevice.int_as_float(key_of(largest)) - bottom
-    scale = np.float32(0)
-    if width > 0 and width - width == 0:
-        scale = np.float32(CLASSES - 1) / width
     size, place, above = int32(RANKED + 1), int32(0), int32(0)
-    # The width may be infinite, zero, or so small that the scale is not finite.
-    if scale > 0 and scale - scale == 0:
-        b = thread
-        while b < n:
-            add_shared(int32(words_at + int64(4) * (CLASS_COUNTS + class_of(logits[b], bottom, scale))), int32(1))
-            b = int32(b + threads)
-        cuda.syncthreads()
+    if scale > 0:
         place, size, above = class_of_smallest_chosen(words_at, kept, lane)
     if size <= RANKED:
         b = thread
@@ -286,7 +315,7 @@ def divided_choice(logits, keys, words_at, n, kept, smallest, largest, me):
                 words[int32(LIST + take_shared(int32(words_at + int64(4 * LISTED)), int32(1)))] = keys[b]
             b = int32(b + threads)
         cuda.syncthreads()
-        lowest, reached, larger = smallest_of_class(words, size, int32(kept - above), lane)
+        lowest, reached, larger = smallest_of_class(words_at, size, int32(kept - above), lane)
         reached, above = int32(above + reached), int32(above + larger)
     else:
         lowest, reached, above = smallest_chosen(logits, words, n, kept, smallest, largest, me)
@@ -391,26 +420,28 @@ def is_too_large(largest, maxima, me):
 
 
 @device_function
-def choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, me):
+def choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, again, me):
     """Turn the logits of `n` blocks into `keys` and ratios (`place_chosen`). Returns True where a logit is not finite.
 
-    All threads must call it; the block is synchronised at the end.
+    again : whether the range of the last logits divides these into classes: any range is right. The next one will do
+            so, too. With 0 it is their own range, for which the block waits once more
+
+    All threads must call it, after `clear_counts`; the block is synchronised at the end.
     """
     lane, warp, warps = me
     thread, threads = int32(warp * LANES + lane), int32(warps * LANES)
     ratios, words = shared_float32(ratios_at), shared_int32(words_at)
     bad, b, largest, smallest = int32(0), thread, LOWEST_KEY, MAGNITUDE
-    while b < CLASSES:
-        words[int32(CLASS_COUNTS + b)], b = int32(0), int32(b + threads)
-    if thread == 0:
-        words[LISTED] = int32(0)
-    b = thread
+    bottom, scale = np.float32(0), np.float32(0)
+    if again != 0:
+        bottom, scale = libdevice.int_as_float(words[BOTTOM]), libdevice.int_as_float(words[SCALE])
     while b < n:
         logit = gates[b] + np.float32(0)
         if logit - logit != 0:
             bad = int32(1)
         key = key_of(libdevice.float_as_int(logit))
         gates[b], keys[b] = logit, key
+        count_class(words_at, logit, bottom, scale)
         largest, smallest = int32(max(largest, key)), int32(min(smallest, key))
         b = int32(b + threads)
     if thread < RATIO_PAD:
@@ -423,11 +454,25 @@ def choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, me):
     if lane < warps:
         largest, smallest = words[int32(LARGEST + lane)], words[int32(SMALLEST + lane)]
     largest, smallest = max_of_warp(largest), min_of_warp(smallest)
-    lowest, reached, above = divided_choice(gates, keys, words_at, n, kept, smallest, largest, me)
+    if again == 0:
+        bottom, scale = range_of(smallest, largest)
+        b = thread
+        while b < n:
+            count_class(words_at, gates[b], bottom, scale)
+            b = int32(b + threads)
+        cuda.syncthreads()
+    lowest, reached, above = divided_choice(
+        *(gates, keys, words_at, n, kept, smallest, largest, bottom, scale, me),
+    )
     room, pivot = int32(-1), libdevice.int_as_float(key_of(largest))
     if reached != kept:
         room = int32(kept - above)
     place_chosen(gates, keys, ratios, words, n, lowest, reached, room, softmax, pivot, me)
+    # All warps have read the counts.
+    clear_counts(words_at, me)
+    if again != 0 and thread == 0:
+        bottom, scale = range_of(smallest, largest)
+        words[BOTTOM], words[SCALE] = libdevice.float_as_int(bottom), libdevice.float_as_int(scale)
     cuda.syncthreads()
     return faulty
 
@@ -449,11 +494,17 @@ def find_factor(ratios_at, words_at, maxima, n, kept, softmax, warps, lane):
 
 
 @device_function
+def factor_of(words):
+    """What the ratios are multiplied by, after `find_factor` and a block barrier."""
+    return libdevice.int_as_float(words[FACTOR])
+
+
+@device_function
 def write_gates(gates, keys, ratios_at, words_at, n, me):
     """Write the gates. Returns True where they are not finite. The block is synchronised before, and by the caller
     before other threads than the own one read `gates`."""
     words, ratios = shared_int32(words_at), shared_float32(ratios_at)
-    b, threads, factor = int32(me[1] * LANES + me[0]), int32(me[2] * LANES), libdevice.int_as_float(words[FACTOR])
+    b, threads, factor = int32(me[1] * LANES + me[0]), int32(me[2] * LANES), factor_of(words)
     while b < n:
         gate = np.float32(0)
         if keys[b] >= 0:
@@ -465,11 +516,12 @@ def write_gates(gates, keys, ratios_at, words_at, n, me):
 
 @device_function
 def choose(gates, keys, ratios_at, words_at, maxima, n, kept, softmax, me):
-    """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
+    """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it, after
+    `clear_counts`.
 
     The caller synchronises the block before other threads than the own one read `gates`.
     """
-    faulty = choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, me)
+    faulty = choose_places(gates, keys, ratios_at, words_at, n, kept, softmax, int32(0), me)
     if me[1] == 0:
         find_factor(ratios_at, words_at, maxima, n, kept, softmax, me[2], me[0])
     cuda.syncthreads()

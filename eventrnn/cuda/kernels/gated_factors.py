@@ -21,13 +21,37 @@ from typing import Any
 import numpy as np
 from numba import int32, int64
 
+from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.gated_strips import add8
-from eventrnn.cuda.kernels.ptx import copy_async16, global_int64, load_readonly4, shared_float32
+from eventrnn.cuda.kernels.ptx import (
+    copy_async16,
+    global_float32,
+    global_int64,
+    load_readonly4,
+    load_shared_float,
+    shared_float32,
+)
 from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import FACTOR_COLUMNS, LANES, SEGMENT
 
-assert FACTOR_COLUMNS == 16, "a lane holds 16 weights of a logit, and two parts have as many columns as a warp has lanes"
+assert FACTOR_COLUMNS == 16, (
+    "a lane holds 16 weights of a logit, and two parts have as many columns as a warp has lanes"
+)
+
+
+@device_function
+def sum_of_parts(at, parts):
+    """The sum of the parts of a number in ascending order; they lie a row of a warp apart."""
+    pitch, total, k = int64(4 * LANES), load_shared_float(int32(at)), int32(1)
+    while k + 4 <= parts:
+        at_k = int32(at + pitch * k)
+        a, b = load_shared_float(at_k), load_shared_float(int32(at_k + pitch))
+        c, d = load_shared_float(int32(at_k + 2 * pitch)), load_shared_float(int32(at_k + 3 * pitch))
+        total, k = ((total + a) + b) + c + d, int32(k + 4)
+    while k < parts:
+        total, k = total + load_shared_float(int32(at + pitch * k)), int32(k + 1)
+    return total
 
 
 @device_function
@@ -68,17 +92,27 @@ def make_add_parts(add_piece: Any):
 
 
 @device_function
-def out_of_logit(values_at, offsets_at, width, logit):
-    """The address of the weights of a logit in strips of the second factor, of `width` columns each."""
-    strip = int32(logit // width)
-    return values_at + int64(4) * global_int64(offsets_at)[strip] + int64(16) * int32(logit - strip * width)
+def place_of_logit(matrix, logit):
+    """The bias of a logit, and the address of its weights in the second factor; those of the last one beyond it.
+
+    matrix : the table of the matrix, (tables.GATED_FIELDS,) int64
+    """
+    column, width = int32(min(logit, int32(matrix[tables.ALL_BLOCKS] - 1))), int32(matrix[tables.LOGIT_WIDTH])
+    strip = int32(column // width)
+    begin = matrix[tables.LOGIT_VALUES] + int64(4) * global_int64(matrix[tables.LOGIT_OFFSETS])[strip]
+    return global_float32(matrix[tables.LOGIT_BIAS])[column], begin + int64(16) * int32(column - strip * width)
 
 
 @device_function
 def load_out(at, width):
     """The FACTOR_COLUMNS weights of a logit, in global memory. The loads are issued here."""
     step = int64(16) * width
-    a, b, c, d = load_readonly4(at), load_readonly4(at + step), load_readonly4(at + 2 * step), load_readonly4(at + 3 * step)
+    a, b, c, d = (
+        load_readonly4(at),
+        load_readonly4(at + step),
+        load_readonly4(at + 2 * step),
+        load_readonly4(at + 3 * step),
+    )
     return (
         *(a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]),
         *(c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]),

@@ -18,7 +18,7 @@ from numba import int32, int64, types
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.gated_blocks import make_add_strip
-from eventrnn.cuda.kernels.gated_choice import FACTOR, MAGNITUDE, choose, is_too_large
+from eventrnn.cuda.kernels.gated_choice import FACTOR, MAGNITUDE, choose, clear_counts, is_too_large
 from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane
 from eventrnn.cuda.kernels.ptx import (
@@ -230,6 +230,7 @@ def gated_rows_kernel(narrow: bool):
         ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
         ones_at, offsets_at = shared + place[tables.AT_ONES], shared + place[tables.AT_OFFSETS]
         set_ones(ones_at, thread)
+        clear_counts(words_at, me)
         k = thread
         while k < samples * inner_pitch:
             inner[k] = np.float32(0)

@@ -30,11 +30,20 @@ from eventrnn.cuda.kernels.gated_choice import (
     FACTOR,
     choose,
     choose_places,
+    clear_counts,
+    factor_of,
     find_factor,
     is_too_large,
     write_gates,
 )
-from eventrnn.cuda.kernels.gated_factors import copy_factor, load_out, make_add_parts, out_of_logit, two_logits
+from eventrnn.cuda.kernels.gated_factors import (
+    copy_factor,
+    load_out,
+    make_add_parts,
+    place_of_logit,
+    sum_of_parts,
+    two_logits,
+)
 from eventrnn.cuda.kernels.gated_inputs import load_row
 from eventrnn.cuda.kernels.gated_kernels import (
     magnitude_bits,
@@ -52,7 +61,6 @@ from eventrnn.cuda.kernels.ptx import (
     global_float32,
     global_int32,
     global_int64,
-    load_shared_float,
     max_of_warp,
     shared_base,
     shared_float32,
@@ -63,20 +71,6 @@ from eventrnn.cuda.kernels.ptx import (
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import FACTOR_COLUMNS, LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGES, TAIL_BYTES
-
-
-@device_function
-def sum_of_parts(at, parts):
-    """The sum of the parts of a logit in ascending order; they lie a row of a warp apart."""
-    pitch, total, k = int64(4 * LANES), load_shared_float(int32(at)), int32(1)
-    while k + 4 <= parts:
-        at_k = int32(at + pitch * k)
-        a, b = load_shared_float(at_k), load_shared_float(int32(at_k + pitch))
-        c, d = load_shared_float(int32(at_k + 2 * pitch)), load_shared_float(int32(at_k + 3 * pitch))
-        total, k = ((total + a) + b) + c + d, int32(k + 4)
-    while k < parts:
-        total, k = total + load_shared_float(int32(at + pitch * k)), int32(k + 1)
-    return total
 
 
 def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = False, alone: bool = False):
@@ -90,7 +84,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
     spread    : blocks of a group of samples; tiles, samples : what a block owns
     """
     (add_strip, _, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
-    begin_pieces, end_pieces = make_pieces(narrow, LAYER_STAGE_BYTES)
+    prepare_ring, begin_pieces, end_pieces = make_pieces(narrow, LAYER_STAGE_BYTES)
     _, begin_strip, end_factor, add_piece = make_add_strip(False, LAYER_STAGE_BYTES)
     add_parts = make_add_parts(add_piece)
     sums_offset = STAGES * LAYER_STAGE_BYTES
@@ -171,6 +165,12 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         block_bytes = int64(size * padded * width)
 
         set_ones(ones_at, thread)
+        clear_counts(words_at, me)
+        # In pieces every warp after the first has at most one strip, with a ring; the next place of it, and its parity.
+        item, slot, parity, own_ring_at = int32(warp - 1), none, none, rings_at + int64(ring_bytes) * int32(warp - 1)
+        has_pieces = in_pieces != 0 and warp > 0 and item < own_tiles * n_gates
+        if has_pieces:
+            prepare_ring(own_ring_at, lane)
         # Offsets of the own strips of weights, of the own strips of logits, and of the first of two factors.
         offsets, own_rows = shared_int64(offsets_at), int32(own_tiles * n_gates * grid_rows)
         k = thread
@@ -307,11 +307,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         if alone:
             # The two logits of the thread. A warp receives two segments of inputs, whose parts have 32 columns.
             pollers = int32(int32(warps + 1) >> int32(1))
-            column = int32(min(thread, int32(blocks - 1)))
-            other_column = int32(min(int32(thread + threads), int32(blocks - 1)))
-            start, other_start = global_float32(logit_bias)[column], global_float32(logit_bias)[other_column]
-            out_at = out_of_logit(logit_values, m[tables.LOGIT_OFFSETS], logit_width, column)
-            other_out_at = out_of_logit(logit_values, m[tables.LOGIT_OFFSETS], logit_width, other_column)
+            start, out_at = place_of_logit(m, thread)
+            other_start, other_out_at = place_of_logit(m, int32(thread + threads))
         t = int64(0)
         while t < steps:
             stamp(stamps_at, t, 0, thread)
@@ -501,41 +498,44 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     report(status_at, m[tables.NUMBER])
                 sample = int32(sample + 1)
             # Warps with a strip begin it while the first one still sums the ratios.
-            item, pieces, resident_pieces = int32(warp - 1), none, none
+            item, pieces, resident_pieces, factor = int32(warp - 1), none, none, np.float32(1)
             if in_pieces != 0:
                 bad = False
                 if fresh != 0:
-                    bad = choose_places(gates, keys, ratios_at, words_at, blocks, kept, softmax, me)
+                    bad = choose_places(gates, keys, ratios_at, words_at, blocks, kept, softmax, int32(1), me)
                 if fresh != 0 and warp == 0:
                     find_factor(ratios_at, words_at, shared_int32(maxima_at), blocks, kept, softmax, warps, lane)
-                if warp > 0 and item < own_tiles * n_gates:
-                    chosen, absent = keys, int32(-1)
-                    if fresh == 0:
-                        chosen, absent = shared_int32(gates_at), none
+                if has_pieces:
                     tile, gate = next_item(none, item, n_gates)
                     pieces, resident_pieces = begin_pieces(
                         *(strip_of_item(own_strips, item, units[int32(2 * tile + 1)], lane), for_blocks),
-                        *(chosen, absent, rings_at + int64(ring_bytes) * item, lane),
+                        *(keys, ratios_at, fresh, own_ring_at, slot, lane),
                     )
                 cuda.syncthreads()
                 if fresh != 0:
-                    bad = write_gates(gates, keys, ratios_at, words_at, blocks, me) or bad
+                    factor = factor_of(words)
+                    # The warps without a strip write the gates, which the products need not.
+                    strips = int32(own_tiles * n_gates)
+                    others = Lane(lane, int32(max(warp - strips, none)), int32(warps - strips))
+                    if not has_pieces:
+                        bad = write_gates(gates, keys, ratios_at, words_at, blocks, others) or bad
                     if thread == 0:
                         held[0], held[1] = period, words[FACTOR]
                 else:
                     bad = is_too_large(held[1], shared_int32(maxima_at), me)
                 if bad and thread == 0:
                     report(status_at, m[tables.NUMBER])
-            cuda.syncthreads()
+            else:
+                cuda.syncthreads()
             stamp(stamps_at, t, 4, thread)
 
             # The recurrent drives of the own tiles.
-            if in_pieces != 0 and warp > 0 and item < own_tiles * n_gates:
+            if has_pieces:
                 tile, gate = next_item(none, item, n_gates)
-                acc = end_pieces(
-                    starts[int32(item * LANES + lane)],
+                acc, slot, parity = end_pieces(
+                    *(starts[int32(item * LANES + lane)], factor),
                     *(strip_of_item(own_strips, item, units[int32(2 * tile + 1)], lane), for_blocks),
-                    *(pieces, resident_pieces, rings_at + int64(ring_bytes) * item, lane),
+                    *(pieces, resident_pieces, own_ring_at, slot, parity, lane),
                 )
                 drives_rec[int32(item * LANES + lane)] = acc
             tile, gate, item = none, warp, warp

@@ -21,7 +21,6 @@ from numba import int32, int64
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.gated_strips import add8, load8, make_weights8
 from eventrnn.cuda.kernels.ptx import (
-    barrier_end,
     barrier_expect_bytes,
     barrier_init,
     barrier_init_done,
@@ -30,6 +29,7 @@ from eventrnn.cuda.kernels.ptx import (
     load_shared4,
     load_shared_float,
     load_shared_float4,
+    shared_float32,
     shared_int32,
     shared_int64,
     store_shared_float4,
@@ -68,53 +68,75 @@ def wait_for_piece(barriers, slot, parity):
 
 
 @device_function
-def chosen_rows(strip, received, chosen, absent, lane):
-    """A mask of the block rows of a strip that the warp has to multiply. Each lane looks at one."""
-    needed = False
-    if lane < strip.block_rows and strip.offsets[lane] >= 0 and shared_int32(received.active_at)[lane] != 0:
-        needed = chosen[int32(strip.first_column + lane * strip.block_columns)] != absent
-    return int32(cuda.ballot_sync(FULL_WARP, needed))
+def chosen_rows(strip, received, keys, fresh, lane):
+    """A mask of the block rows of a strip that the warp has to multiply. Each lane looks at one: its key and block."""
+    # The three numbers are under way at the same time.
+    row = int32(min(lane, int32(strip.block_rows - 1)))
+    stored, active = strip.offsets[row] >= 0, shared_int32(received.active_at)[row] != 0
+    block = int32(strip.first_column + row * strip.block_columns)
+    key, gate = keys[block], shared_float32(received.gates_at)[block]
+    taken = key >= 0
+    if fresh == 0:
+        taken = gate != 0
+    return int32(cuda.ballot_sync(FULL_WARP, lane < strip.block_rows and stored and active and taken)), key, block
+
+
+@device_function
+def after_place(slot, further):
+    """The place of the ring that is `further` places after another one, for fewer than LANES.
+
+    The shifted product is the quotient by three.
+    """
+    place = int32(slot + further)
+    return int32(place - int32(PIECES_AHEAD) * int32(int32(place * int32(43)) >> int32(7)))
 
 
 def make_pieces(narrow: bool, stage_bytes: int):
-    """The device functions begin_pieces and end_pieces for float32 weights, or for bfloat16 ones.
+    """The device functions prepare_ring, begin_pieces and end_pieces for float32 weights, or for bfloat16 ones.
 
     stage_bytes : a STAGES-th of the ring of a warp
 
-    begin_pieces(strip, received, chosen, absent, ring_at, lane) -> the pieces, and how many of them are resident.
-    chosen : (blocks,) int32 in shared memory, `absent` for blocks that are not needed. The gates need not be there yet
+    prepare_ring(ring_at, lane) initialises the barriers of a ring, once. The block is synchronised after it.
 
-    end_pieces(start, strip, received, count, resident, ring_at, lane) -> start + sum over j of weight * (gate * input).
+    begin_pieces(strip, received, keys, ratios_at, fresh, ring_at, slot, lane) -> the pieces, and how many of them are
+    resident.
+    keys, ratios_at : what `choose_places` made of the logits, where `fresh` is 1; with 0 the gates of an earlier step
+                      count, and their `factor` is 1
+    slot   : the place of the ring that is used next
+
+    end_pieces(start, factor, strip, received, count, resident, ring_at, slot, parity, lane) -> start + sum over j of
+    weight * (gate * input), and the next place and the parity of its next phase. All steps use the places in turn.
     """
     size, weights8 = 2 if narrow else 4, make_weights8(narrow)
 
     @device_function
-    def list_pieces(strip, received, chosen, absent, ring_at, lists_at, lane):
+    def list_pieces(strip, received, keys, ratios_at, fresh, ring_at, lists_at, slot, lane):
         """List the pieces of the block rows of a strip that the warp needs. Returns how many they are, and how many of
         them are resident.
 
         lists_at : address of (LANES, 4) int32: of each piece the place of its weights after `ring_at`, the place of its
-                   inputs, and the address of its gate; then of (LANES,) int64, offsets of those that are not
-                   resident
+                   inputs, and the address of its ratio or gate; then of (LANES,) int64, offsets of those that
+                   are not resident
         """
         rows, pieces = rows_of_piece(strip), pieces_of(strip)
         piece_bytes = int32(int32(rows * size) * strip.width)
-        mask = chosen_rows(strip, received, chosen, absent, lane)
+        mask, key, block = chosen_rows(strip, received, keys, fresh, lane)
         resident = int32(mask & int32((int32(1) << strip.resident) - 1))
         before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident) * pieces)
         # The lists of the strip before are not read any more.
         cuda.syncwarp(FULL_WARP)
         if (mask >> lane) & 1:
             entries, offsets = shared_int32(lists_at), shared_int64(lists_at + int64(16 * LANES))
-            gate_at = int32(received.gates_at + int64(4) * int32(strip.first_column + lane * strip.block_columns))
+            gate_at = int32(received.gates_at + int64(4) * block)
+            if fresh != 0:
+                gate_at = int32(ratios_at + int64(4) * key)
             rank, piece = int32(popcount(before) * pieces), int32(0)
             while piece < pieces:
                 place = int32(int32(strip.resident_at - ring_at) + piece_bytes * int32(lane * pieces + piece))
                 if lane >= strip.resident:
                     streamed = int32(rank - in_ring)
                     offsets[streamed] = strip.offsets[lane] + int64(piece * rows) * strip.width
-                    # The remainder by three: the shifted product is the quotient for numbers below 32.
-                    place = int32(piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5))))
+                    place = int32(piece_bytes * after_place(slot, streamed))
                 entries[int32(4 * rank)] = place
                 entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))
                 entries[int32(4 * rank + 2)] = gate_at
@@ -174,29 +196,34 @@ def make_pieces(narrow: bool, stage_bytes: int):
         store_shared_float4(int32(to_at), gate * a, gate * b, gate * c, gate * d)
 
     @device_function
-    def begin_pieces(strip, received, chosen, absent, ring_at, lane):
+    def barriers_of(ring_at):
+        """The address of the barriers of a ring, one per place."""
+        return int32(ring_at + int64(STAGES * stage_bytes + LIST_BYTES + SCALED_BYTES))
+
+    @device_function
+    def prepare_ring(ring_at, lane):
+        if lane < PIECES_AHEAD:
+            barrier_init(int32(barriers_of(ring_at) + int32(8) * lane), int32(1))
+        barrier_init_done()
+
+    @device_function
+    def begin_pieces(strip, received, keys, ratios_at, fresh, ring_at, slot, lane):
         lists_at, piece_bytes = (
             ring_at + int64(STAGES * stage_bytes),
             int64(rows_of_piece(strip) * size) * strip.width,
         )
-        count, resident = list_pieces(strip, received, chosen, absent, ring_at, lists_at, lane)
-        offsets = shared_int64(lists_at + int64(16 * LANES))
-        barriers, copied = int32(lists_at + int64(LIST_BYTES + SCALED_BYTES)), int32(0)
-        if lane < PIECES_AHEAD:
-            barrier_init(int32(barriers + int32(8) * lane), int32(1))
-        barrier_init_done()
-        cuda.syncwarp(FULL_WARP)
-        while copied < min(int32(count - resident), int32(PIECES_AHEAD)):
-            if lane == 0:
-                copy_piece(strip, offsets[copied], ring_at + piece_bytes * copied, int32(barriers + int32(8) * copied))
-            copied = int32(copied + 1)
+        count, resident = list_pieces(strip, received, keys, ratios_at, fresh, ring_at, lists_at, slot, lane)
+        # A lane starts one copy.
+        if lane < min(int32(count - resident), int32(PIECES_AHEAD)):
+            place, offset = after_place(slot, lane), shared_int64(lists_at + int64(16 * LANES))[lane]
+            copy_piece(strip, offset, ring_at + piece_bytes * place, int32(barriers_of(ring_at) + int32(8) * place))
         return count, resident
 
     @device_function
-    def end_pieces(acc, strip, received, count, resident, ring_at, lane):
+    def end_pieces(acc, factor, strip, received, count, resident, ring_at, slot, parity, lane):
         rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
         scaled_at, offsets = lists_at + int64(LIST_BYTES), shared_int64(lists_at + int64(16 * LANES))
-        barriers, streamed = int32(scaled_at + int64(SCALED_BYTES)), int32(count - resident)
+        barriers, streamed = barriers_of(ring_at), int32(count - resident)
         copied = int32(min(streamed, int32(PIECES_AHEAD)))
         if count > 0:
             # Lanes without a column read what another lane reads.
@@ -207,12 +234,12 @@ def make_pieces(narrow: bool, stage_bytes: int):
             entry_at, last_at = int32(lists_at), int32(int32(lists_at) + int32(16 * int32(count - 1)))
             place, raw, first_gate, _ = load_shared4(entry_at)
             v0, v1, v2, v3 = load_shared_float4(raw_at + int64(raw))
-            gate = load_shared_float(first_gate)
+            gate = factor * load_shared_float(first_gate)
             keep_scaled(to_at, gate, v0, v1, v2, v3)
             entry_at = int32(min(int32(entry_at + int32(16)), last_at))
             next_place, next_raw, next_gate, _ = load_shared4(entry_at)
             # The streamed piece that is waited for next: its place in the ring, and the parity of its phase.
-            done, half, slot, parity, free = int32(0), int32(0), int32(0), int32(0), int32(0)
+            done, half, free = int32(0), int32(0), slot
             if resident == 0:
                 slot, parity = wait_for_piece(barriers, slot, parity)
             # The other lanes have multiplied parts of the inputs of the piece.
@@ -246,8 +273,8 @@ def make_pieces(narrow: bool, stage_bytes: int):
                 acc, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3 = add_turn(
                     acc, step, w_2, x_2, w_3, x_3, wa_2, xa_2, wb_2, xb_2, wc_2, xc_2
                 )
-                half, factor = int32(half ^ int32(4 * PIECE)), load_shared_float(next_gate)
-                keep_scaled(to_at + int64(half), factor, t0, t1, t2, t3)
+                half, scale = int32(half ^ int32(4 * PIECE)), factor * load_shared_float(next_gate)
+                keep_scaled(to_at + int64(half), scale, t0, t1, t2, t3)
                 w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
                 if done >= resident and done < count:
                     slot, parity = wait_for_piece(barriers, slot, parity)
@@ -269,8 +296,8 @@ def make_pieces(narrow: bool, stage_bytes: int):
                 u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
                 later_place, later_raw, later_gate, _ = load_shared4(entry_at)
-                half, scale, turn = int32(half ^ int32(4 * PIECE)), load_shared_float(next_gate), int32(TURN)
-                keep_scaled(to_at + int64(half), scale, u0, u1, u2, u3)
+                half, ratio, turn = int32(half ^ int32(4 * PIECE)), load_shared_float(next_gate), int32(TURN)
+                keep_scaled(to_at + int64(half), factor * ratio, u0, u1, u2, u3)
                 if done >= resident and done < count:
                     slot, parity = wait_for_piece(barriers, slot, parity)
                 cuda.syncwarp(FULL_WARP)
@@ -294,10 +321,6 @@ def make_pieces(narrow: bool, stage_bytes: int):
                     )
                     turn, w_at, x_at = int32(turn + TURN), next_w, next_x
                 next_place, next_raw, next_gate = later_place, later_raw, later_gate
-        # No phase is waited for any more.
-        cuda.syncwarp(FULL_WARP)
-        if lane < PIECES_AHEAD:
-            barrier_end(int32(barriers + int32(8) * lane))
-        return acc
+        return acc, slot, parity
 
-    return begin_pieces, end_pieces
+    return prepare_ring, begin_pieces, end_pieces

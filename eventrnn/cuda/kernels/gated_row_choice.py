@@ -25,7 +25,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels.gated_choice import FACTOR, choose, is_too_large
+from eventrnn.cuda.kernels.gated_choice import FACTOR, choose, clear_counts, is_too_large
 from eventrnn.cuda.kernels.gated_kernels import magnitude_bits, report
 from eventrnn.cuda.kernels.persistent import Lane
 from eventrnn.cuda.kernels.ptx import (
@@ -95,6 +95,7 @@ def choose_rows_kernel():
                 sum_parts(gates, parts_at, parts, row, rows, blocks, thread, threads)
             if thread < warps:
                 maxima[thread] = all_maxima[row * warps + thread]
+            clear_counts(words_at, me)
             cuda.syncthreads()
             bad = choose(
                 *(gates, shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS], words_at),

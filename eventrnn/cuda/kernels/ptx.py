@@ -426,9 +426,6 @@ barrier_try_wait = instruction(
     INT,
 )
 
-#: barrier: its memory may be used otherwise from now on
-barrier_end = instruction("mbarrier.inval.shared.b64 [$0];", f"r,{MEMORY}", NOTHING, INT)
-
 #: shared address, global address, bytes, barrier, which counts them: starts a copy; all are multiples of 16
 copy_bulk = instruction(
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
