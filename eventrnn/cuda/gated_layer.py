@@ -33,6 +33,7 @@ class GatedPlan:
     matrix, places : tables of the matrix and of shared memory, on the GPU
     shared         : bytes of shared memory of a block
     alone          : whether a block computes all logits by itself (`kernels/gated_factors.py`)
+    in_pieces      : whether products go through `kernels/gated_pieces.py`
     """
 
     tiles: int
@@ -43,6 +44,7 @@ class GatedPlan:
     places: Any
     shared: int
     alone: bool
+    in_pieces: bool
 
 
 class GatedLayer:
@@ -108,7 +110,8 @@ class GatedLayer:
         need_shared(weights, shared, device.shared_bytes)
         with device.on_stream():
             groups = min(groups, -(-batch // samples))
-            return GatedPlan(tiles, samples, spread, groups, matrix, device.put(places), shared, alone)
+            kernel = alone, bool(places[tables.IN_PIECES])
+            return GatedPlan(tiles, samples, spread, groups, matrix, device.put(places), shared, *kernel)
 
     def enqueue(self, buffers: RunBuffers, k: int, drive: Any, after: Any, status: Any) -> None:
         """Put all steps of layer k on the stream.
@@ -146,7 +149,7 @@ class GatedLayer:
                 buffers.tables[key] = device.put(table)
             row = buffers.tables[key]
         kind, narrow, threads = (self.cell.name, self.cell.variant), self.w_rec.narrow, LANES * self.w_rec.warps
-        options = kind, narrow, self.stamps is not None, plan.alone
+        options = kind, narrow, self.stamps is not None, plan.alone, plan.in_pieces
         kernel = device.kernel(("gated_layer", *options), lambda: gated_layer_kernel(*options), threads)
         for first in range(0, batch, plan.groups * plan.samples):
             groups = min(plan.groups, -(-(batch - first) // plan.samples))

@@ -73,12 +73,25 @@ from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import FACTOR_COLUMNS, LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGES, TAIL_BYTES
 
 
-def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = False, alone: bool = False):
+@device_function
+def write_zeros(numbers, count, thread, threads):
+    """The threads of a block write `count` zeros."""
+    k = thread
+    while k < count:
+        numbers[k] = 0
+        k = int32(k + threads)
+
+
+def gated_layer_kernel(
+    kind: tuple[str, str], narrow: bool, stamped: bool = False, alone: bool = False, in_pieces: bool = False
+):
     """The kernel of a layer with a gated recurrent matrix, and its signature.
 
     kind      : name and variant of the cell
     stamped   : whether the layer has stamps
     alone     : whether a block, which has one sample, computes all logits by itself (`gated_factors.py`)
+    in_pieces : whether every warp after the first of a block, which has one sample, has at most one strip, of which
+                `gated_pieces.py` makes the product
     matrix_at, place_at, layer_at : the tables of the matrix, of shared memory and of the layer
     first     : the first sample of the launch
     spread    : blocks of a group of samples; tiles, samples : what a block owns
@@ -112,7 +125,9 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         shared = shared_base()
         group = int64(cuda.blockIdx.x) // spread
         part, first_sample = int64(cuda.blockIdx.x) - group * spread, first + group * samples
-        own_samples, n = int32(min(samples, batch - first_sample)), int32(layer[tables.ROW_UNITS])
+        own_samples, n = int32(1), int32(layer[tables.ROW_UNITS])
+        if not alone and not in_pieces:
+            own_samples = int32(min(samples, batch - first_sample))
         width, stage = int32(m[tables.BLOCK_WIDTH]), int32(m[tables.BLOCK_STAGE])
         first_tile = part * tiles
         own_tiles = int32(min(tiles, m[tables.BLOCK_STRIPS] // n_gates - first_tile))
@@ -137,7 +152,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         words_at, maxima_at = shared + place[tables.AT_WORDS], shared + place[tables.AT_MAXIMA]
         words = shared_int32(words_at)
         rings_at, workers = shared + place[tables.AT_RINGS], int32(place[tables.WORKERS])
-        ring_at, in_pieces = rings_at + int64(ring_bytes) * warp, int32(place[tables.IN_PIECES])
+        ring_at = rings_at + int64(ring_bytes) * warp
         ones_at = shared + place[tables.AT_ONES]
         drives_in_at, offsets_at = shared + place[tables.AT_DRIVES_IN], shared + place[tables.AT_OFFSETS]
         drives_in, drives_rec = (
@@ -168,7 +183,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         clear_counts(words_at, me)
         # In pieces every warp after the first has at most one strip, with a ring; the next place of it, and its parity.
         item, slot, parity, own_ring_at = int32(warp - 1), none, none, rings_at + int64(ring_bytes) * int32(warp - 1)
-        has_pieces = in_pieces != 0 and warp > 0 and item < own_tiles * n_gates
+        has_pieces = in_pieces and warp > 0 and item < own_tiles * n_gates
         if has_pieces:
             prepare_ring(own_ring_at, lane)
         # Offsets of the own strips of weights, of the own strips of logits, and of the first of two factors.
@@ -185,19 +200,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         while k < inner_strips:
             offsets[int32(own_rows + own_logits + k)] = global_int64(m[tables.INNER_OFFSETS])[k]
             k = int32(k + threads)
-        k = thread
-        while k < own_samples * active_pitch:
-            active[k] = int32(0)
-            k = int32(k + threads)
         # Padding stays zero.
-        k = thread
-        while k < own_samples * input_pitch:
-            inputs[k] = np.float32(0)
-            k = int32(k + threads)
-        k = thread
-        while k < own_samples * inner_pitch:
-            inner[k] = np.float32(0)
-            k = int32(k + threads)
+        write_zeros(active, own_samples * active_pitch, thread, threads)
+        write_zeros(inputs, own_samples * input_pitch, thread, threads)
+        write_zeros(inner, own_samples * inner_pitch, thread, threads)
         # The units of the own tiles, and biases and block columns of their strips.
         span, k = int32(m[tables.BLOCK_SPAN]), thread
         span_tiles = int32((span + width - 1) // width)
@@ -483,7 +489,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     return
             stamp(stamps_at, t, 3, thread)
             sample = int32(0)
-            while in_pieces == 0 and sample < own_samples:
+            while not in_pieces and sample < own_samples:
                 own, sample_maxima = int32(2 * sample), shared_int32(maxima_at + int64(4 * LANES) * sample)
                 if held[own] == 0:
                     bad = choose(
@@ -499,7 +505,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 sample = int32(sample + 1)
             # Warps with a strip begin it while the first one still sums the ratios.
             item, pieces, resident_pieces, factor = int32(warp - 1), none, none, np.float32(1)
-            if in_pieces != 0:
+            if in_pieces:
                 bad = False
                 if fresh != 0:
                     bad = choose_places(gates, keys, ratios_at, words_at, blocks, kept, softmax, int32(1), me)
@@ -539,7 +545,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 )
                 drives_rec[int32(item * LANES + lane)] = acc
             tile, gate, item = none, warp, warp
-            while in_pieces == 0 and warp < workers:
+            while not in_pieces and warp < workers:
                 tile, gate = next_item(tile, gate, n_gates)
                 if tile >= own_tiles:
                     break
@@ -558,10 +564,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             # Cells and outputs of this step.
             if thread < own_samples:
                 held[int32(2 * thread)] = int32(held[int32(2 * thread)] - 1)
-            k = thread
-            while k < own_samples * active_pitch:
-                active[k] = int32(0)
-                k = int32(k + threads)
+            write_zeros(active, own_samples * active_pitch, thread, threads)
             sample, tile, item = int32(0), warp, warp
             while True:
                 sample, tile = next_item(sample, tile, own_tiles)
