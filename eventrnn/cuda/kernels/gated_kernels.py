@@ -85,6 +85,15 @@ def set_ones(ones_at, thread):
 
 
 @device_function
+def keep_offsets(offsets, to, source_at, first, step, count, thread, threads):
+    """The threads of a block write every `step`-th offset of a table from `first` on to offsets[to:to + count]."""
+    k = thread
+    while k < count:
+        offsets[int32(to + k)] = global_int64(source_at)[first + k * step]
+        k = int32(k + threads)
+
+
+@device_function
 def report(status_at, number):
     """Report that gates of the matrix of this number are not finite."""
     max_relaxed(status_at + int64(8 * tables.STATUS_GATES), int64(tables.LAST) - number)
@@ -241,14 +250,9 @@ def gated_rows_kernel(narrow: bool):
             int32(m[tables.LOGIT_STRIPS]),
             int32(m[tables.INNER_STRIPS]),
         )
-        k = thread
-        while k < logit_strips:
-            offsets[k] = global_int64(m[tables.LOGIT_OFFSETS])[k]
-            k = int32(k + threads)
-        k = thread
-        while k < inner_strips:
-            offsets[int32(logit_strips + k)] = global_int64(m[tables.INNER_OFFSETS])[k]
-            k = int32(k + threads)
+        first, one = int64(0), int64(1)
+        keep_offsets(offsets, int32(0), m[tables.LOGIT_OFFSETS], first, one, logit_strips, thread, threads)
+        keep_offsets(offsets, logit_strips, m[tables.INNER_OFFSETS], first, one, inner_strips, thread, threads)
         largest_gates = shared_int32(shared + place[tables.AT_HELD])
         group = cuda.blockIdx.x // splits
         split, groups = cuda.blockIdx.x - group * splits, cuda.gridDim.x // splits

@@ -46,6 +46,7 @@ from eventrnn.cuda.kernels.gated_factors import (
 )
 from eventrnn.cuda.kernels.gated_inputs import load_row
 from eventrnn.cuda.kernels.gated_kernels import (
+    keep_offsets,
     magnitude_bits,
     report,
     set_ones,
@@ -188,18 +189,10 @@ def gated_layer_kernel(
             prepare_ring(own_ring_at, lane)
         # Offsets of the own strips of weights, of the own strips of logits, and of the first of two factors.
         offsets, own_rows = shared_int64(offsets_at), int32(own_tiles * n_gates * grid_rows)
-        k = thread
-        while k < own_rows:
-            offsets[k] = global_int64(m[tables.BLOCK_OFFSETS])[first_tile * n_gates * grid_rows + k]
-            k = int32(k + threads)
-        k = thread
-        while k < own_logits:
-            offsets[int32(own_rows + k)] = global_int64(m[tables.LOGIT_OFFSETS])[part + k * spread]
-            k = int32(k + threads)
-        k = thread
-        while k < inner_strips:
-            offsets[int32(own_rows + own_logits + k)] = global_int64(m[tables.INNER_OFFSETS])[k]
-            k = int32(k + threads)
+        own_offsets, own_begin, one = int32(own_rows + own_logits), first_tile * n_gates * grid_rows, int64(1)
+        keep_offsets(offsets, none, m[tables.BLOCK_OFFSETS], own_begin, one, own_rows, thread, threads)
+        keep_offsets(offsets, own_rows, m[tables.LOGIT_OFFSETS], part, spread, own_logits, thread, threads)
+        keep_offsets(offsets, own_offsets, m[tables.INNER_OFFSETS], int64(0), one, inner_strips, thread, threads)
         # Padding stays zero.
         write_zeros(active, own_samples * active_pitch, thread, threads)
         write_zeros(inputs, own_samples * input_pitch, thread, threads)
@@ -400,7 +393,7 @@ def gated_layer_kernel(
                     inner_values, inner_stage = m[tables.INNER_VALUES], int32(m[tables.INNER_STAGE])
                     strip, inner_width = warp, int32(m[tables.INNER_WIDTH])
                     while warp < workers and strip < inner_strips:
-                        at = offsets_at + int64(8) * (own_rows + own_logits + strip)
+                        at = offsets_at + int64(8) * (own_offsets + strip)
                         factor = strip_of_factor(
                             *(inner_values, at, inner_width, inner_stage, n_rows, rank, strip, lane),
                             *(none, resident_logits_at),
