@@ -41,6 +41,9 @@ WARPS = (8, 12, 16, 32)
 # Blocks of weights per thread, at most, where a block of threads can have more threads.
 LOGITS_PER_THREAD = 4
 
+# Warps that receive parts in pairs, at most: each pair has one of the 15 barriers that a block has beside its own.
+MAX_PAIRED = 30
+
 # Rows of independent inputs from which one block takes a further row at a time.
 ROWS_PER_SAMPLE = 32
 
@@ -257,7 +260,7 @@ class GatedMatrix:
     def chooses_alone(self) -> bool:
         """Whether a block of a layer may compute all logits of one sample by itself: those of a gate of two factors,
         where a warp receives whole parts of the sums, and a thread computes two logits at most."""
-        whole = self.weights.block[0] % ROW_GROUP == 0 and SEGMENT % self.part_rows == 0
+        whole = self.weights.block[0] % ROW_GROUP == 0 and SEGMENT % self.part_rows == 0 and self.warps <= MAX_PAIRED
         return whole and 0 < self.rank <= FACTOR_COLUMNS and self.weights.n_blocks <= 2 * LANES * self.warps
 
     def _choice_bytes(self, samples: int) -> dict[int, int]:

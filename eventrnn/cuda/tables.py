@@ -201,7 +201,7 @@ SUM_BYTES = 4 * LANES * MAX_SAMPLES
 # Rows of a block row that are multiplied at a time, at most. In place of the sums, a warp with one row of inputs has
 # lists of such pieces, and the inputs of two of them.
 PIECE = 128
-LIST_BYTES, SCALED_BYTES, BARRIER_BYTES = (16 + 8) * LANES, 2 * 4 * PIECE, 32
+LIST_BYTES, SCALED_BYTES, BARRIER_BYTES = (16 + 8) * LANES, 2 * 4 * PIECE, 64
 
 # What follows the stages in the ring of a warp: the sums and as many totals of logits, or lists, inputs
 # and barriers.

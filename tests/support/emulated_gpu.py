@@ -42,8 +42,14 @@ class Group:
         self.gates = [threading.Lock() for _ in range(size)]
         for gate in self.gates:
             gate.acquire()
+        self.groups: dict[int, Group] = {}
         # Two sets of votes: a thread may give its next vote before all have read the last ones.
         self.votes, self.turns = ([0] * size, [0] * size), [0] * size
+
+    def some(self, number: int, size: int) -> Group:
+        """A barrier of neighbouring threads of a block, by its number."""
+        with self.lock:
+            return self.groups.setdefault(number, Group(size))
 
     def exchange(self, member: int, vote) -> list:
         """What every member gave."""
@@ -64,6 +70,8 @@ class Group:
     def abort(self) -> None:
         """Make all waiting threads raise."""
         self.broken = True
+        for group in self.groups.values():
+            group.abort()
         for gate in self.gates:
             if gate.locked():
                 gate.release()
@@ -168,6 +176,9 @@ CLUSTERS = {
     "barrier_init_done": lambda: None,
     "barrier_expect_bytes": lambda at, size: transactions[_whole(at)].count(1, int(size)),
     "barrier_try_wait": _try_wait,
+    "barrier_test": _try_wait,
+    "warps_barrier": lambda number, size: here.block.some(int(number), int(size)).exchange(here.thread % int(size), 0),
+    "barrier_arrive": lambda at: transactions[_whole(at)].count(1, 0),
     "store_async": _store_async,
     "copy_bulk": _copy_bulk,
 }

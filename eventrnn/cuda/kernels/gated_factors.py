@@ -33,7 +33,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_float32,
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP
-from eventrnn.cuda.tables import FACTOR_COLUMNS, LANES, SEGMENT
+from eventrnn.cuda.tables import FACTOR_COLUMNS, LANES
 
 assert FACTOR_COLUMNS == 16, (
     "a lane holds 16 weights of a logit, and two parts have as many columns as a warp has lanes"
@@ -64,20 +64,22 @@ def copy_factor(target_at, source_at, n_rows, thread, threads):
 
 
 def make_add_parts(add_piece: Any):
-    """The device function add_parts(inputs_at, factor_at, parts_at, part_rows, n_rows, me); `add_piece` is that of
-    `make_add_strip` for float32 weights.
+    """The device function add_parts(inputs_at, factor_at, parts_at, part_rows, shift, n_rows, me); `add_piece` is that
+    of `make_add_strip` for float32 weights.
 
-    A warp adds the parts of every `warps`-th SEGMENT of inputs, of which part_rows is a divisor.
+    A pair of warps has received every `warps`-th SEGMENT of inputs from two neighbouring ones on, each of which has
+    1 << shift parts. One of them adds these parts, so that all its lanes have a column. Divisions would take hundreds
+    of cycles.
     """
 
     @device_function
-    def add_parts(inputs_at, factor_at, parts_at, part_rows, n_rows, me):
+    def add_parts(inputs_at, factor_at, parts_at, part_rows, shift, n_rows, me):
         lane, warp, warps = me
-        of_segment = int32(SEGMENT // part_rows)
-        column, number = int32(lane & int32(FACTOR_COLUMNS - 1)), int32(lane // FACTOR_COLUMNS)
+        column, number = int32(lane & int32(FACTOR_COLUMNS - 1)), int32(lane >> int32(4))
         while True:
-            turn = int32(number // of_segment)
-            part = int32(int32(warp + warps * turn) * of_segment + int32(number - turn * of_segment))
+            turn = int32(number >> shift)
+            segment = int32(int32(warp + (turn & int32(1))) + warps * int32(turn >> int32(1)))
+            part = int32(int32(segment << shift) + int32(number - int32(turn << shift)))
             first = int32(part * part_rows)
             if first >= n_rows:
                 break

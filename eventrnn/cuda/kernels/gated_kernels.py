@@ -85,6 +85,26 @@ def set_ones(ones_at, thread):
 
 
 @device_function
+def write_zeros(numbers, count, thread, threads):
+    """The threads of a block write `count` zeros."""
+    k = thread
+    while k < count:
+        numbers[k] = 0
+        k = int32(k + threads)
+
+
+@device_function
+def any_chooses(held, samples):
+    """1 if some sample has no further step with the gates that it holds. held : (samples, 2) int32"""
+    fresh, sample = int32(0), int32(0)
+    while sample < samples:
+        if held[int32(2 * sample)] == 0:
+            fresh = int32(1)
+        sample = int32(sample + 1)
+    return fresh
+
+
+@device_function
 def keep_offsets(offsets, to, source_at, first, step, count, thread, threads):
     """The threads of a block write every `step`-th offset of a table from `first` on to offsets[to:to + count]."""
     k = thread
@@ -150,14 +170,9 @@ def load_rows(rows, shared, first, own, period, me):
     lane, warp, warps = me
     thread, threads = int32(warp * LANES + lane), int32(warps * LANES)
     cuda.syncthreads()
-    inputs, active, k = shared_float32(shared.inputs_at), shared_int32(shared.active_at), thread
-    while k < own * shared.input_pitch:
-        inputs[k] = np.float32(0)
-        k = int32(k + threads)
-    k = thread
-    while k < own * shared.active_pitch:
-        active[k] = int32(0)
-        k = int32(k + threads)
+    inputs, active = shared_float32(shared.inputs_at), shared_int32(shared.active_at)
+    write_zeros(inputs, own * shared.input_pitch, thread, threads)
+    write_zeros(active, own * shared.active_pitch, thread, threads)
     cuda.syncthreads()
     sample = int32(0)
     while sample < own:
@@ -240,10 +255,7 @@ def gated_rows_kernel(narrow: bool):
         ones_at, offsets_at = shared + place[tables.AT_ONES], shared + place[tables.AT_OFFSETS]
         set_ones(ones_at, thread)
         clear_counts(words_at, me)
-        k = thread
-        while k < samples * inner_pitch:
-            inner[k] = np.float32(0)
-            k = int32(k + threads)
+        write_zeros(inner, samples * inner_pitch, thread, threads)
         # Offsets of the strips of logits, then of the first of two factors.
         offsets, logit_strips, inner_strips = (
             shared_int64(offsets_at),

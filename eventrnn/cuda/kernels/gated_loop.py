@@ -46,11 +46,13 @@ from eventrnn.cuda.kernels.gated_factors import (
 )
 from eventrnn.cuda.kernels.gated_inputs import load_row
 from eventrnn.cuda.kernels.gated_kernels import (
+    any_chooses,
     keep_offsets,
     magnitude_bits,
     report,
     set_ones,
     strip_of_factor,
+    write_zeros,
 )
 from eventrnn.cuda.kernels.gated_pieces import make_pieces
 from eventrnn.cuda.kernels.gated_strips import OwnStrips, Received, strip_of_item, sum_of_sample
@@ -69,18 +71,9 @@ from eventrnn.cuda.kernels.ptx import (
     shared_int64,
     store_relaxed,
     wait_for_copies,
+    warps_barrier,
 )
-from eventrnn.cuda.kernels.strip_product import FULL_WARP
-from eventrnn.cuda.tables import FACTOR_COLUMNS, LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGES, TAIL_BYTES
-
-
-@device_function
-def write_zeros(numbers, count, thread, threads):
-    """The threads of a block write `count` zeros."""
-    k = thread
-    while k < count:
-        numbers[k] = 0
-        k = int32(k + threads)
+from eventrnn.cuda.tables import FACTOR_COLUMNS, LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, SEGMENT, STAGES, TAIL_BYTES
 
 
 def gated_layer_kernel(
@@ -98,7 +91,7 @@ def gated_layer_kernel(
     spread    : blocks of a group of samples; tiles, samples : what a block owns
     """
     (add_strip, _, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
-    prepare_ring, begin_pieces, end_pieces = make_pieces(narrow, LAYER_STAGE_BYTES)
+    prepare_ring, begin_pieces, end_pieces, feed_ring = make_pieces(narrow, LAYER_STAGE_BYTES)
     _, begin_strip, end_factor, add_piece = make_add_strip(False, LAYER_STAGE_BYTES)
     add_parts = make_add_parts(add_piece)
     sums_offset = STAGES * LAYER_STAGE_BYTES
@@ -272,9 +265,6 @@ def gated_layer_kernel(
             block_row = int32(block_row + warps)
         if alone:
             copy_factor(resident_logits_at, m[tables.INNER_VALUES], n_rows, thread, threads)
-            if thread < LANES:
-                # Those of the warps that receive nothing.
-                shared_int32(maxima_at)[thread] = int32(0)
         wait_for_copies()
         cells, sample, tile, item = global_float32(layer[tables.ROW_CELLS]), int32(0), warp, warp
         while True:
@@ -304,8 +294,8 @@ def gated_layer_kernel(
         first_strip = int32(thread // of_strip)
         first_part = int32(int32(thread - first_strip * of_strip) // logit_width)
         if alone:
-            # The two logits of the thread. A warp receives two segments of inputs, whose parts have 32 columns.
-            pollers = int32(int32(warps + 1) >> int32(1))
+            # Parts of a segment, and the two logits of the thread.
+            shift = int32(cuda.ffs(int32(SEGMENT // part_rows)) - 1)
             start, out_at = place_of_logit(m, thread)
             other_start, other_out_at = place_of_logit(m, int32(thread + threads))
         t = int64(0)
@@ -327,11 +317,7 @@ def gated_layer_kernel(
                 gate, item = int32(gate + warps), int32(item + warps)
 
             # Whether a sample chooses in this step.
-            fresh, sample = int32(0), int32(0)
-            while sample < own_samples:
-                if held[int32(2 * sample)] == 0:
-                    fresh = int32(1)
-                sample = int32(sample + 1)
+            fresh = any_chooses(held, own_samples)
             # Weights of the first own logits are copied while outputs of the step before arrive.
             if not alone and fresh != 0 and logits_resident == 0 and rank == 0 and warp < workers and warp < own_logits:
                 strip, at = int32(part + warp * spread), offsets_at + int64(8) * (own_rows + warp)
@@ -346,16 +332,14 @@ def gated_layer_kernel(
             if alone:
                 w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, wa, wb, wc, wd, we, wf = load_out(out_at, logit_width)
                 v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, va, vb, vc, vd, ve, vf = load_out(other_out_at, logit_width)
-                sample, of_pollers = own_samples, Lane(lane, warp, pollers)
-                if warp < pollers:
-                    missing = load_row(
-                        *(log_at + row * row_bytes, n, r, int32(padded - r), inputs, active),
-                        *(shared_int32(maxima_at), of_pollers),
-                    )
-                    # The other lanes have written inputs.
-                    cuda.syncwarp(FULL_WARP)
-                    if fresh != 0:
-                        add_parts(inputs_at, resident_logits_at, parts_at, part_rows, n_rows, of_pollers)
+                sample = own_samples
+                missing = load_row(
+                    log_at + row * row_bytes, n, r, int32(padded - r), inputs, active, shared_int32(maxima_at), me
+                )
+                # Both warps of a pair have written inputs.
+                warps_barrier(int32(int32(warp >> int32(1)) + 1), int32(2 * LANES))
+                if fresh != 0 and (warp & int32(1)) == 0:
+                    add_parts(inputs_at, resident_logits_at, parts_at, part_rows, shift, n_rows, me)
             while sample < own_samples:
                 missing |= load_row(
                     log_at + (row + sample) * row_bytes,
@@ -537,6 +521,9 @@ def gated_layer_kernel(
                     *(pieces, resident_pieces, own_ring_at, slot, parity, lane),
                 )
                 drives_rec[int32(item * LANES + lane)] = acc
+            elif in_pieces and warp == 0 and lane < own_tiles * n_gates:
+                # A lane feeds a strip's ring.
+                slot, parity = feed_ring(own_strips, rings_at + int64(ring_bytes) * lane, slot, parity)
             tile, gate, item = none, warp, warp
             while not in_pieces and warp < workers:
                 tile, gate = next_item(tile, gate, n_gates)

@@ -2,16 +2,18 @@
 
 begin_pieces : lists the pieces of a strip that some input and the gate need, and starts to copy some of them.
 end_pieces   : multiplies them in ascending order.
+feed_ring    : a lane of another warp copies further pieces of a strip to the places that were multiplied.
 
 A strip has one block column, and block rows of whole pieces (`gated_matrix.GatedMatrix.has_pieces`). The first block
 rows may be resident in shared memory; pieces of the others are copied to the ring of the strip, PIECES_AHEAD at a time,
-each by one lane.
+each by one lane. Starting a copy takes a warp some 150 cycles, in which it would add nothing; so another warp does it.
 
 Rings, resident weights and inputs are those of `gated_blocks.py`. Behind the stages of its ring a warp has
 
 lists    : (LANES, 4) int32 and (LANES,) int64, which `list_pieces` describes
 scaled   : (2, PIECE) float32, inputs of the present and of the next piece times their gates
-barriers : (PIECES_AHEAD,) barriers, one per place of the ring, whose phases are copies of a piece
+barriers : (2, PIECES_AHEAD) barriers, two per place of the ring: the phases of the first one are copies of a piece, and
+           those of the second one end when a piece is multiplied; then int32, the pieces that are not resident
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from numba import int32, int64
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.gated_strips import add8, load8, make_weights8
 from eventrnn.cuda.kernels.ptx import (
+    barrier_arrive,
     barrier_expect_bytes,
     barrier_init,
     barrier_init_done,
+    barrier_test,
     barrier_try_wait,
     copy_bulk,
+    load_shared,
     load_shared4,
     load_shared_float,
     load_shared_float4,
@@ -40,7 +45,10 @@ from eventrnn.cuda.tables import BARRIER_BYTES, LANES, LIST_BYTES, PIECE, SCALED
 # Rows that are multiplied per turn, and pieces that the ring has.
 TURN, PIECES_AHEAD = 32, 3
 
-assert BARRIER_BYTES >= 8 * PIECES_AHEAD, "every place of the ring has a barrier"
+# The barriers of multiplied pieces, and the number of streamed pieces, after the first barrier.
+MULTIPLIED, STREAMED = 8 * PIECES_AHEAD, 16 * PIECES_AHEAD
+
+assert BARRIER_BYTES >= STREAMED + 4, "every place of the ring has two barriers"
 assert PIECE == 1 << 7 == 4 * LANES, "`pieces_of` shifts by 7, and a warp multiplies a piece of inputs at once"
 
 
@@ -57,14 +65,20 @@ def pieces_of(strip):
 
 
 @device_function
+def next_place(slot, parity, further):
+    """The place of the ring that is at most PIECES_AHEAD places after another one, and the parity of its phase."""
+    slot = int32(slot + further)
+    if slot >= PIECES_AHEAD:
+        slot, parity = int32(slot - PIECES_AHEAD), int32(parity ^ 1)
+    return slot, parity
+
+
+@device_function
 def wait_for_piece(barriers, slot, parity):
     """Wait for the piece in a place of the ring. Returns the place and the parity of the next one."""
     while barrier_try_wait(int32(barriers + int32(8) * slot), parity) == 0:
         pass
-    slot = int32(slot + 1)
-    if slot == PIECES_AHEAD:
-        slot, parity = int32(0), int32(parity ^ 1)
-    return slot, parity
+    return next_place(slot, parity, int32(1))
 
 
 @device_function
@@ -92,7 +106,7 @@ def after_place(slot, further):
 
 
 def make_pieces(narrow: bool, stage_bytes: int):
-    """The device functions prepare_ring, begin_pieces and end_pieces for float32 weights, or for bfloat16 ones.
+    """The device functions prepare_ring, begin_pieces, end_pieces and feed_ring for float32 weights, or for bfloat16.
 
     stage_bytes : a STAGES-th of the ring of a warp
 
@@ -106,8 +120,16 @@ def make_pieces(narrow: bool, stage_bytes: int):
 
     end_pieces(start, factor, strip, received, count, resident, ring_at, slot, parity, lane) -> start + sum over j of
     weight * (gate * input), and the next place and the parity of its next phase. All steps use the places in turn.
+
+    feed_ring(strips, ring_at, slot, parity) -> the same of the lane that feeds a ring, from the block barrier after
+    begin_pieces on.
     """
     size, weights8 = 2 if narrow else 4, make_weights8(narrow)
+
+    @device_function
+    def barriers_of(ring_at):
+        """The address of the barriers of a ring."""
+        return int32(ring_at + int64(STAGES * stage_bytes + LIST_BYTES + SCALED_BYTES))
 
     @device_function
     def list_pieces(strip, received, keys, ratios_at, fresh, ring_at, lists_at, slot, lane):
@@ -146,29 +168,40 @@ def make_pieces(narrow: bool, stage_bytes: int):
 
     @device_function
     def copy_piece(strip, offset, target_at, barrier):
-        """Start copying the piece at an offset to `target_at`, and a phase of the barrier. For one lane."""
+        """Start copying the piece at an offset to `target_at`, and a phase of the barrier. For one lane per ring."""
         piece_bytes = int32(rows_of_piece(strip) * strip.width * size)
         barrier_expect_bytes(barrier, piece_bytes)
         copy_bulk(int32(target_at), strip.values_at + offset * size, piece_bytes, barrier)
 
     @device_function
-    def refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane):
-        """Start copying the next piece to the place of the last one, if that was copied.
-
-        done, copied : pieces that were multiplied, and copies that were started; free : the place of the last one
-
-        Returns the new `copied` and `free`.
-        """
+    def release(barriers, done, resident, free, lane):
+        """Say that the last piece of `done` ones was multiplied, if it lay in the ring, in place `free`. Returns the
+        place of the next one."""
         # All lanes have read the weights and the inputs of the last piece.
         cuda.syncwarp(FULL_WARP)
-        if done > resident and copied < streamed:
+        if done > resident:
             if lane == 0:
-                piece_bytes = int64(rows_of_piece(strip) * size) * strip.width
-                copy_piece(strip, offsets[copied], ring_at + piece_bytes * free, int32(barriers + int32(8) * free))
-            copied, free = int32(copied + 1), int32(free + 1)
+                barrier_arrive(int32(barriers + int32(MULTIPLIED) + int32(8) * free))
+            free = int32(free + 1)
             if free == PIECES_AHEAD:
                 free = int32(0)
-        return copied, free
+        return free
+
+    @device_function
+    def feed_ring(strips, ring_at, slot, parity):
+        lists_at, barriers = ring_at + int64(STAGES * stage_bytes), barriers_of(ring_at)
+        piece_bytes = int64(rows_of_piece(strips) * size) * strips.width
+        offsets, streamed = shared_int64(lists_at + int64(16 * LANES)), load_shared(int32(barriers + int32(STREAMED)))
+        copied = int32(min(streamed, int32(PIECES_AHEAD)))
+        slot, parity = next_place(slot, parity, copied)
+        while copied < streamed:
+            # The phase before the one that the copy will begin.
+            if barrier_test(int32(barriers + int32(MULTIPLIED) + int32(8) * slot), int32(parity ^ 1)) != 0:
+                place, barrier = ring_at + piece_bytes * slot, int32(barriers + int32(8) * slot)
+                copy_piece(strips, offsets[copied], place, barrier)
+                copied = int32(copied + 1)
+                slot, parity = next_place(slot, parity, int32(1))
+        return slot, parity
 
     @device_function
     def add_turn(acc, step, w_at, x_at, next_w, next_x, a, p, b, q, c, r):
@@ -196,13 +229,8 @@ def make_pieces(narrow: bool, stage_bytes: int):
         store_shared_float4(int32(to_at), gate * a, gate * b, gate * c, gate * d)
 
     @device_function
-    def barriers_of(ring_at):
-        """The address of the barriers of a ring, one per place."""
-        return int32(ring_at + int64(STAGES * stage_bytes + LIST_BYTES + SCALED_BYTES))
-
-    @device_function
     def prepare_ring(ring_at, lane):
-        if lane < PIECES_AHEAD:
+        if lane < 2 * PIECES_AHEAD:
             barrier_init(int32(barriers_of(ring_at) + int32(8) * lane), int32(1))
         barrier_init_done()
 
@@ -213,6 +241,8 @@ def make_pieces(narrow: bool, stage_bytes: int):
             int64(rows_of_piece(strip) * size) * strip.width,
         )
         count, resident = list_pieces(strip, received, keys, ratios_at, fresh, ring_at, lists_at, slot, lane)
+        if lane == 0:
+            shared_int32(lists_at + int64(LIST_BYTES + SCALED_BYTES))[STREAMED // 4] = int32(count - resident)
         # A lane starts one copy.
         if lane < min(int32(count - resident), int32(PIECES_AHEAD)):
             place, offset = after_place(slot, lane), shared_int64(lists_at + int64(16 * LANES))[lane]
@@ -222,9 +252,7 @@ def make_pieces(narrow: bool, stage_bytes: int):
     @device_function
     def end_pieces(acc, factor, strip, received, count, resident, ring_at, slot, parity, lane):
         rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
-        scaled_at, offsets = lists_at + int64(LIST_BYTES), shared_int64(lists_at + int64(16 * LANES))
-        barriers, streamed = barriers_of(ring_at), int32(count - resident)
-        copied = int32(min(streamed, int32(PIECES_AHEAD)))
+        scaled_at, barriers = lists_at + int64(LIST_BYTES), barriers_of(ring_at)
         if count > 0:
             # Lanes without a column read what another lane reads.
             own_at = ring_at + int64(16) * min(lane, int32(strip.width - 1))
@@ -237,8 +265,8 @@ def make_pieces(narrow: bool, stage_bytes: int):
             gate = factor * load_shared_float(first_gate)
             keep_scaled(to_at, gate, v0, v1, v2, v3)
             entry_at = int32(min(int32(entry_at + int32(16)), last_at))
-            next_place, next_raw, next_gate, _ = load_shared4(entry_at)
-            # The streamed piece that is waited for next: its place in the ring, and the parity of its phase.
+            place_after, next_raw, next_gate, _ = load_shared4(entry_at)
+            # `slot` and `parity` are those of the streamed piece that is waited for next, `free` of the one multiplied.
             done, half, free = int32(0), int32(0), slot
             if resident == 0:
                 slot, parity = wait_for_piece(barriers, slot, parity)
@@ -254,7 +282,7 @@ def make_pieces(narrow: bool, stage_bytes: int):
             whole = rows == PIECE
             while whole and done < count:
                 # Like the next loop, of pieces of PIECE rows, of which the sums are one sequence.
-                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane)
+                free = release(barriers, done, resident, free, lane)
                 done = int32(done + 1)
                 t0, t1, t2, t3 = load_shared_float4(raw_at + int64(next_raw))
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
@@ -275,7 +303,7 @@ def make_pieces(narrow: bool, stage_bytes: int):
                 )
                 half, scale = int32(half ^ int32(4 * PIECE)), factor * load_shared_float(next_gate)
                 keep_scaled(to_at + int64(half), scale, t0, t1, t2, t3)
-                w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
+                w_at, x_at = own_at + int64(place_after), scaled_at + int64(half)
                 if done >= resident and done < count:
                     slot, parity = wait_for_piece(barriers, slot, parity)
                 # All lanes have written the inputs of the next piece.
@@ -289,9 +317,9 @@ def make_pieces(narrow: bool, stage_bytes: int):
                     (c0, c1, c2, c3, c4, c5, c6, c7),
                     (r0, r1, r2, r3, r4, r5, r6, r7),
                 ) = add_turn(acc, step, w_3, x_3, w_at, x_at, wa_3, xa_3, wb_3, xb_3, wc_3, xc_3)
-                next_place, next_raw, next_gate = further_place, further_raw, further_gate
+                place_after, next_raw, next_gate = further_place, further_raw, further_gate
             while done < count:
-                copied, free = refill(strip, ring_at, offsets, barriers, done, resident, copied, streamed, free, lane)
+                free = release(barriers, done, resident, free, lane)
                 done = int32(done + 1)
                 u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
@@ -304,7 +332,7 @@ def make_pieces(narrow: bool, stage_bytes: int):
                 while turn <= rows:
                     next_w, next_x = w_at + 4 * next8, x_at + int64(128)
                     if turn == rows:
-                        next_w, next_x = own_at + int64(next_place), scaled_at + int64(half)
+                        next_w, next_x = own_at + int64(place_after), scaled_at + int64(half)
                     (
                         acc,
                         (a0, a1, a2, a3, a4, a5, a6, a7),
@@ -320,7 +348,8 @@ def make_pieces(narrow: bool, stage_bytes: int):
                         *((c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7)),
                     )
                     turn, w_at, x_at = int32(turn + TURN), next_w, next_x
-                next_place, next_raw, next_gate = later_place, later_raw, later_gate
+                place_after, next_raw, next_gate = later_place, later_raw, later_gate
+            release(barriers, done, resident, free, lane)
         return acc, slot, parity
 
-    return prepare_ring, begin_pieces, end_pieces
+    return prepare_ring, begin_pieces, end_pieces, feed_ring

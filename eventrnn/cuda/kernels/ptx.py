@@ -426,6 +426,23 @@ barrier_try_wait = instruction(
     INT,
 )
 
+#: number from 1 to 15, threads: a barrier of some whole warps of a block
+warps_barrier = instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
+#: barrier: arrive at it
+barrier_arrive = instruction(
+    "{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [$0]; }", f"r,{MEMORY}", NOTHING, INT
+)
+
+#: barrier, parity -> 1 if the phase of that parity is complete
+barrier_test = instruction(
+    "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
+    f"=r,r,r,{MEMORY}",
+    INT,
+    INT,
+    INT,
+)
+
 #: shared address, global address, bytes, barrier, which counts them: starts a copy; all are multiples of 16
 copy_bulk = instruction(
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
