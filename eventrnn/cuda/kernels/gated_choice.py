@@ -238,11 +238,16 @@ def clear_counts(words_at, me):
 
 
 @device_function
-def next_class(above, place, size, next_size, kept):
-    """The next smaller class, unless the `kept`-th largest logit lies in this one."""
-    if above + size < kept:
-        above, place, size = int32(above + size), int32(place - 1), next_size
-    return above, place, size
+def after_class(count, wanted, larger, reaching_wanted, classes):
+    """Take a further count of the logits of some classes and larger ones, in ascending order.
+
+    Returns the largest count below `wanted`, the smallest one that is not, and how many are below.
+    """
+    if count < wanted:
+        larger, classes = int32(max(larger, count)), int32(classes + 1)
+    else:
+        reaching_wanted = int32(min(reaching_wanted, count))
+    return larger, reaching_wanted, classes
 
 
 @device_function
@@ -255,20 +260,25 @@ def class_of_smallest_chosen(words_at, kept, lane):
     h, g, f, e = load_shared4(int32(counts_at))
     d, c, b, a = load_shared4(int32(counts_at + int32(16)))
     own = int32(int32(int32(a + b) + int32(c + d)) + int32(int32(e + f) + int32(g + h)))
-    total, distance = own, int32(1)
+    total, distance, none = own, int32(1), int32(0)
     while distance < LANES:
-        earlier = cuda.shfl_sync(FULL_WARP, total, int32(max(lane - distance, 0)))
+        earlier = cuda.shfl_sync(FULL_WARP, total, max(int32(lane - distance), none))
         if lane >= distance:
             total = int32(total + earlier)
         distance = int32(2 * distance)
-    above, place, size = int32(total - own), int32(CLASSES - 1 - 8 * lane), a
-    above, place, size = next_class(above, place, size, b, kept)
-    above, place, size = next_class(above, place, size, c, kept)
-    above, place, size = next_class(above, place, size, d, kept)
-    above, place, size = next_class(above, place, size, e, kept)
-    above, place, size = next_class(above, place, size, f, kept)
-    above, place, size = next_class(above, place, size, g, kept)
-    above, place, size = next_class(above, place, size, h, kept)
+    # How many logits lie in the largest two of the own classes, in the largest three, and so on.
+    before, ab = int32(total - own), int32(a + b)
+    wanted, to_c, to_d = int32(kept - before), int32(ab + c), int32(int32(ab + c) + d)
+    to_e, to_f, to_g = int32(to_d + e), int32(to_d + int32(e + f)), int32(own - h)
+    above, reached, classes = after_class(a, wanted, none, own, none)
+    above, reached, classes = after_class(ab, wanted, above, reached, classes)
+    above, reached, classes = after_class(to_c, wanted, above, reached, classes)
+    above, reached, classes = after_class(to_d, wanted, above, reached, classes)
+    above, reached, classes = after_class(to_e, wanted, above, reached, classes)
+    above, reached, classes = after_class(to_f, wanted, above, reached, classes)
+    above, reached, classes = after_class(to_g, wanted, above, reached, classes)
+    size, place = int32(reached - above), int32(int32(CLASSES - 1 - 8 * lane) - classes)
+    above = int32(before + above)
     here = int32(cuda.ffs(cuda.ballot_sync(FULL_WARP, total >= kept)) - 1)
     return (
         cuda.shfl_sync(FULL_WARP, place, here),
