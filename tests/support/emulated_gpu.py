@@ -177,6 +177,7 @@ CLUSTERS = {
     "barrier_expect_bytes": lambda at, size: transactions[_whole(at)].count(1, int(size)),
     "barrier_try_wait": _try_wait,
     "barrier_test": _try_wait,
+    "sleep": lambda nanoseconds: None,
     "warps_barrier": lambda number, size: here.block.some(int(number), int(size)).exchange(here.thread % int(size), 0),
     "barrier_arrive": lambda at: transactions[_whole(at)].count(1, 0),
     "store_async": _store_async,

@@ -37,6 +37,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_float32,
     shared_int32,
     shared_int64,
+    sleep,
     store_shared_float4,
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
@@ -47,6 +48,9 @@ TURN, PIECES_AHEAD = 32, 3
 
 # The barriers of multiplied pieces, and the number of streamed pieces, after the first barrier.
 MULTIPLIED, STREAMED = 8 * PIECES_AHEAD, 16 * PIECES_AHEAD
+
+# Nanoseconds between two looks at a barrier, a fraction of the time in which a piece is multiplied.
+REST = 100
 
 assert BARRIER_BYTES >= STREAMED + 4, "every place of the ring has two barriers"
 assert PIECE == 1 << 7 == 4 * LANES, "`pieces_of` shifts by 7, and a warp multiplies a piece of inputs at once"
@@ -201,6 +205,9 @@ def make_pieces(narrow: bool, stage_bytes: int):
                 copy_piece(strips, offsets[copied], place, barrier)
                 copied = int32(copied + 1)
                 slot, parity = next_place(slot, parity, int32(1))
+            else:
+                # Reads of barriers would delay those of weights.
+                sleep(int32(REST))
         return slot, parity
 
     @device_function

@@ -426,6 +426,9 @@ barrier_try_wait = instruction(
     INT,
 )
 
+#: nanoseconds: the thread sleeps for about as long
+sleep = instruction("nanosleep.u32 $0;", f"r,{MEMORY}", NOTHING, INT)
+
 #: number from 1 to 15, threads: a barrier of some whole warps of a block
 warps_barrier = instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
 
