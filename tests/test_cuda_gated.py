@@ -108,8 +108,8 @@ def test_strips_hold_the_rows_of_stored_blocks_once(data, gates, units, n_pre):
         assert 8 <= strips.stage_rows(stage) <= stage // (width * strips.values.itemsize)
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_kernels_of_gated_blocks_compile_with_every_libnvvm_and_without_contraction(monkeypatch, narrow):
+@pytest.mark.parametrize("which", ["rows", "layer", "layer in pieces that chooses alone"])
+def test_kernels_of_gated_blocks_compile_with_every_libnvvm_and_without_contraction(monkeypatch, which):
     compiled = compiler()
     from numba.cuda.cudadrv import nvvm
 
@@ -124,8 +124,10 @@ def test_kernels_of_gated_blocks_compile_with_every_libnvvm_and_without_contract
 
     read: list[str] = []
     monkeypatch.setattr(nvvm, "compile_ir", checked)
-    ptx = compiled(gated_layer_kernel(("lstm", "standard"), True) if narrow else gated_rows_kernel(False))
-    assert any("add_rows" in module for module in read)
+    alone = which.startswith("layer in")
+    layer = gated_layer_kernel(("lstm", "standard"), True, False, alone, alone)
+    ptx = compiled(gated_rows_kernel(False) if which == "rows" else layer)
+    assert any(("feed_ring" if alone else "add_rows") in module for module in read)
     check_ptx(ptx)
     assert ".local" not in ptx, "arrays in local memory are slow"
 
