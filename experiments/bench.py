@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from command_line import command
 from records import commit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -256,4 +257,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

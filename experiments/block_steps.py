@@ -17,6 +17,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from command_line import command
 from records import Records
 
 from eventrnn.bench.baselines import LayerBaselines
@@ -123,10 +124,8 @@ def main(
             print(f"{cell}, batch {batch}: {cells} µs per step", flush=True)
 
 
-main.__doc__ = __doc__
-
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        command(main, __doc__)()
     except (ValueError, OSError) as error:
         raise SystemExit(f"block_steps.py: {error}") from None

@@ -18,6 +18,7 @@ import activity_claims
 import pruning_claims
 import typer
 from claim_lines import SAME, WORSE, Finding, last, lines_of, seeds
+from command_line import command
 from result_lines import HERE
 
 from eventrnn.training.recipes.recipe import load_recipe
@@ -430,7 +431,5 @@ def main(
     out.write_text(text, encoding="utf-8")
 
 
-main.__doc__ = __doc__
-
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

@@ -43,6 +43,7 @@ from typing import Annotated
 import gated_gpu
 import numpy as np
 import typer
+from command_line import commands
 from gated_figures import quality_figure
 from gated_words import VARIANTS, Job
 from gated_words import measure as measure_quality
@@ -72,7 +73,7 @@ PTB_KEY = (*QUALITY_KEY, "layers", "block", "learning_rate", "backend")
 
 PTB = os.environ.get("EVENTRNN_PTB", "ptb")
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = commands(__doc__)
 
 # Halvings of the interval in which the threshold is searched, and steps of a run of the search.
 HALVINGS, SEARCHED = 12, 8

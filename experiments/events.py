@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import commands
 from records import Records
 from scipy import linalg
 
@@ -54,7 +55,7 @@ HELD_OUT = 0.1
 # Recordings that are run together for the count of operations.
 COUNTED = 64
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = commands(__doc__)
 
 Runs = Annotated[Path, typer.Option(help="Folder in which runs are kept.")]
 Results = Annotated[Path, typer.Option(help="File to which the line is appended.")]

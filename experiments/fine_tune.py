@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import commands
 from records import Records
 
 import eventrnn as er
@@ -39,7 +40,7 @@ ACTIVITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 # Recordings that are run together for the count of operations.
 COUNTED = 64
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = commands(__doc__)
 
 
 def trained_gru(

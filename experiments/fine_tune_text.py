@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import command
 from records import Records
 
 import eventrnn as er
@@ -33,8 +34,6 @@ ACTIVITIES = (0.3, 0.2, 0.1, 0.05)
 
 # Streams and steps per window of the training by PyTorch.
 STREAMS, WINDOW = 32, 64
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 
 def trained_gru(train: np.ndarray, symbols: int, hidden: int, epochs: int, seed: int) -> Any:
@@ -87,7 +86,6 @@ def tested(network: er.Network, symbols: np.ndarray) -> dict[str, float]:
     }
 
 
-@app.command()
 def run(
     hidden: Annotated[int, typer.Option(min=1, help="Units of the GRU.")] = 256,
     gru_epochs: Annotated[int, typer.Option(min=1, help="Passes over the text by PyTorch.")] = 10,
@@ -135,4 +133,4 @@ def run(
 
 
 if __name__ == "__main__":
-    app()
+    command(run, __doc__)()

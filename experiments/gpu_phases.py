@@ -13,6 +13,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from command_line import command
 from records import Records
 from rich.console import Console
 from rich.table import Table
@@ -97,4 +98,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

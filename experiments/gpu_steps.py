@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import typer
+from command_line import command
 from records import Records
 from rich.console import Console
 from rich.table import Table
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

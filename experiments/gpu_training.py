@@ -25,6 +25,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from command_line import commands
 from records import Records
 
 from eventrnn.bench import versions
@@ -41,7 +42,7 @@ KEY = ("commit", "what", "hidden", "batch", "precision")
 # Epochs of a learning curve that its line names.
 MARKS = (1, 2, 3, 5, 10, 15, 20, 30, 40, 60, 80, 100, 116, 150, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, help=__doc__)
+app = commands(__doc__)
 
 LAYERS = ((1350, 64, "bfloat16"), (1350, 128, "bfloat16"), (1350, 64, "tf32"), (512, 64, "bfloat16"))
 

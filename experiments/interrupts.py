@@ -17,9 +17,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
+from command_line import command
 from interrupted_commands import COMMANDS, Commands
 
 from eventrnn import Network, Simulator
@@ -129,7 +131,13 @@ class Figures:
                 os._exit(3)
 
 
-def worker(call: str, threads: int, times: int, seed: int, seconds: float) -> None:
+def worker(
+    call: Annotated[str, typer.Argument(help=f"One of {', '.join((*CALLS, *COMMANDS))}.")],
+    threads: Annotated[int, typer.Argument(min=1, help="Threads of the calls.")],
+    times: Annotated[int, typer.Argument(min=0, help="Interrupts after which the worker ends.")],
+    seed: Annotated[int, typer.Argument(min=0, help="Seed of the moments.")],
+    seconds: Annotated[float, typer.Argument(min=0, help="Time after which the worker ends.")],
+) -> None:
     """Interrupt one kind of call or command; prints a line of figures. Kernels are compiled before the first time."""
     figures, rng, until = Figures(call, threads), np.random.default_rng([seed, threads]), time.monotonic() + seconds
     if call in COMMANDS:
@@ -232,4 +240,4 @@ def _bytes(simulator: Simulator) -> bytes:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5]))
+    command(worker, __doc__)()

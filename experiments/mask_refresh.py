@@ -15,6 +15,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from command_line import command
 from records import Records
 
 from eventrnn.bench.machine import limited
@@ -79,7 +80,5 @@ def main(
         print(f"{method}: masks {shares}; dense weights behind them {line['kept_share']:.0%}", flush=True)
 
 
-main.__doc__ = __doc__
-
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

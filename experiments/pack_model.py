@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from command_line import command
 
 import eventrnn as er
 from eventrnn.cli.options import writable_file
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 # Numbers of the filter LZMA2: literal context bits, literal position bits, position bits. The last two are 1 where
 # values have two bytes and 2 where they have four. Weights gain nothing from the byte before them.
@@ -50,7 +49,6 @@ def packed(raw: bytes) -> bytes:
     return b"".join(lzma.compress(raw[a:b], format=lzma.FORMAT_XZ, filters=chain) for a, b, chain in streams)
 
 
-@app.command()
 def main(
     model: Annotated[Path, typer.Argument(help="Model file.")],
     out: Annotated[Path, typer.Argument(help="Compressed file to write, whose name ends in .xz.")],
@@ -68,6 +66,8 @@ def main(
     out.write_bytes(content)
     print(f"{out}: {len(raw):,} -> {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}")
 
+
+app = command(main, __doc__)
 
 if __name__ == "__main__":
     try:

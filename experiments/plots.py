@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
+from command_line import command
 from pruning_claims import best_dense, block_of, by_seed, perplexity, rule_of, size_of
 
 from eventrnn.canvas import BLUE, GREY, HUES, INK, MARKS, ORANGE, new_figure, plain_axes, saved
@@ -360,4 +361,4 @@ def _limits_panel(axes: Axes, cases: Sequence[Mapping], groups: list) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

@@ -32,6 +32,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import commands
 from pruning_claims import best_dense, perplexity, size_of, weights
 from records import Records
 from rich.console import Console
@@ -182,7 +183,7 @@ STORAGES = ("float32", "bfloat16", "int8")
 # A GRU has no silent units that a penalty could wake.
 OF_CELL: dict[str, dict[str, Any]] = {"egru": {}, "gru": {"training.regularisers.activity_rate": 0.0}}
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = commands(__doc__)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import commands
 from ptb_arrangement import arranged
 from ptb_figures import grid_figure, operations_figure
 from ptb_measures import AWD_LSTM, grid_point, quality, sizes
@@ -102,7 +103,7 @@ REFIT_TOLERANCE = 1e-3
 # Steps that are compared with the dense twin at a time. Their records are in memory.
 COMPARED = 1024
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = commands(__doc__)
 
 ModelPath = Annotated[Path, typer.Argument(help="Model file, or folder of a run.")]
 Text = Annotated[str, typer.Option(help="Folder with the three texts, or ptb. [the folder EVENTRNN_PTB, else ptb]")]

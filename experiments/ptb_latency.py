@@ -33,6 +33,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import command
 from records import Records
 from rich.console import Console
 from rich.table import Table
@@ -341,6 +342,6 @@ def main(
 
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        command(main, __doc__)()
     except (ValueError, OSError) as error:
         raise SystemExit(f"ptb_latency.py: {error}") from None

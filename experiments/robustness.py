@@ -29,6 +29,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import commands
 from interrupts import campaign
 from records import Records
 
@@ -59,7 +60,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 Minutes = Annotated[float, typer.Option(help="End after so many minutes.")]
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, help=__doc__)
+app = commands(__doc__)
 
 
 def record(campaign: str, faults: list[dict[str, Any]], seed: int, **figures: Any) -> None:

@@ -15,12 +15,14 @@ pruning method; some have blocks that every input chooses.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Annotated, Literal
 
 import numpy as np
+import typer
+from command_line import command
 
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.cuda import PRECISIONS, CudaBackend
@@ -180,13 +182,8 @@ def inference(backend: str) -> list[bool]:
     return good
 
 
-def main(backend: str = "cuda", *, only: str = "", number: int | None = None) -> int:
-    """Run the cases, or those of inference or training only. Returns the exit code.
-
-    Raises ValueError for a number that is none of a case of training.
-    """
-    if number is not None and (only != "training" or not 0 <= number < len(TRAININGS)):
-        raise ValueError(f"number: got {number}, need training and one of its cases, 0 to {len(TRAININGS) - 1}")
+def failures(backend: str = "cuda", only: str | None = None, number: int | None = None) -> int:
+    """Run the cases, or those of `only`, "inference" or "training". Returns how many of them failed."""
     good = [] if only == "training" else inference(backend)
     if backend == "cuda" and only != "inference":
         for k, case in enumerate(TRAININGS):
@@ -195,8 +192,22 @@ def main(backend: str = "cuda", *, only: str = "", number: int | None = None) ->
             good.append(training(case))
             print(f"training case {k}: {'passed' if good[-1] else 'failed'}", flush=True)
     print(f"{sum(good)} of {len(good)} cases passed")
-    return 0 if all(good) else 1
+    return len(good) - sum(good)
+
+
+def main(
+    only: Annotated[
+        Literal["inference", "training"] | None, typer.Argument(help="Cases to run; all of them without it.")
+    ] = None,
+    number: Annotated[
+        int | None, typer.Argument(min=0, max=len(TRAININGS) - 1, help="Case of training to run; all without it.")
+    ] = None,
+    backend: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where the cases of inference run.")] = "cuda",
+) -> None:
+    if number is not None and only != "training":
+        raise typer.BadParameter("cases of training alone have numbers", param_hint="number")
+    raise typer.Exit(min(failures(backend, only, number), 1))
 
 
 if __name__ == "__main__":
-    sys.exit(main(only="".join(sys.argv[1:2]), number=int(sys.argv[2]) if sys.argv[2:] else None))
+    command(main, __doc__)()

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from command_line import command
 from records import Records
 
 from eventrnn import Cell, Network, State, Surrogate
@@ -173,4 +174,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import commands
 from pruning_sweep import toml
 from ptb_measures import quality, sizes
 from records import Records
@@ -71,7 +72,7 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = commands(__doc__)
 
 
 def study_points(study: str) -> list[dict[str, Any]]:

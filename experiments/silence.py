@@ -22,6 +22,7 @@ from typing import Annotated
 
 import typer
 from cold_start import version_of
+from command_line import command
 from records import ROOT, Records
 from rich.console import Console
 from rich.table import Table
@@ -204,4 +205,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

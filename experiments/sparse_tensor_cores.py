@@ -16,6 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
+from command_line import command
 from records import Records
 from torch.nn.functional import linear
 
@@ -120,7 +121,5 @@ def main(
             print(f"{inputs} x {outputs}, batch {batch}: {us}; {line['dense_tflops']:.0f} TFLOP/s dense", flush=True)
 
 
-main.__doc__ = __doc__
-
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from command_line import command
 from records import Records
 from threadpoolctl import threadpool_limits
 
@@ -224,4 +225,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

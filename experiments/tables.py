@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from bench_training import CASES as TRAINING_CASES
+from command_line import command
 from cpu_tables import cpu_blocks, cpu_layer, cpu_other, cpu_product
 from gated_words import VARIANTS
 from gpu_tables import cluster_phases, every_cudnn, single_steps
@@ -449,4 +450,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

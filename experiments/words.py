@@ -15,6 +15,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from command_line import command
 from records import Records
 
 from eventrnn import Cell, Network, plots
@@ -114,4 +115,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, __doc__)()

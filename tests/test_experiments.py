@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from eventrnn import bench, load
 from eventrnn.data.text import from_path
-from support.scripts import script
+from support.scripts import EXPERIMENTS, script
 
 
 def line(case, **changes):
@@ -558,3 +558,17 @@ def test_latency_times_the_models_of_torch(latency):
             ways = line["ms_per_token"][name].items()
             fastest = min(each["ms"] for kind, each in ways if kind.startswith(way))
             assert ratio == fastest / line["ms_per_token"]["ours"][way]["ms"]
+
+
+def test_the_help_of_a_script_is_its_docstring_and_keeps_the_lines_of_examples_and_lists(monkeypatch):
+    module = script("command_line", monkeypatch)
+    story = "Words.\n\n    python one.py  # one\n    python two.py\n\nProse of\ntwo lines.\n\n- one\n- two"
+
+    def main() -> None:
+        """A line that is not shown."""
+
+    found = CliRunner().invoke(module.command(main, story), ["--help"]).stdout
+    assert "    python one.py  # one\n      python two.py\n" in found
+    assert "Prose of two lines." in found and "- one\n  - two\n" in found and "not shown" not in found
+    scripts = [path for path in EXPERIMENTS.glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert scripts and all("from command_line import command" in path.read_text() for path in scripts)
