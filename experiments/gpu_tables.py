@@ -100,3 +100,26 @@ def cluster_phases() -> str:
             rows.append(((str(units), str(blocks), *us, *cycles), [line]))
     phases = ("drives", "wait", "products", "barrier", "cells")
     return table(("units", "blocks", "µs per step", "with clocks", *phases), rows) if rows else ""
+
+
+def gated_phases() -> str:
+    """Where a step of one layer with gated blocks goes, at batch 1, with 1536 units and half of the blocks of 128 x 128
+    chosen (`python experiments/dynamic_blocks.py gpu --phases`, with `--rank 16` for gates of two factors): cycles of a
+    phase, the median over the steps of the mean over the blocks of threads and, in brackets, of the slowest block. A
+    variant of the kernel reads the clock of the multiprocessor. `outputs` and `all logits` are waiting for other
+    blocks; with gates of rank 16 every block computes all logits, partly while it waits. Lines of 9b98bc9 were measured
+    while trainings took turns on the same GPU: their cycles are those of a step between two turns, and they have no
+    times.
+    """
+    lines, rows = [line for line in read("dynamic_blocks", timed=False) if line["what"] in ("gpu", "phases")], []
+    lines = [line for line in lines if "phases" in line]
+    for cell, kind, rank in product(("gru", "lstm"), ("phases", "dense_phases"), (None, 16)):
+        for line in lines:
+            if line["cell"] == cell and line["rank"] == rank and (kind == "phases" or rank is None):
+                cycles = line[kind]["cycles"].values()
+                gates = "none" if kind == "dense_phases" else f"rank {rank}" if rank else "one factor"
+                each = [f"{phase['mean']:,.0f} ({phase['largest']:,.0f})" for phase in cycles]
+                total = f"{sum(phase['mean'] for phase in cycles):,.0f}"
+                rows.append(((cell.upper(), gates, *each, total), [line]))
+    names = ("outputs", "logits", "all logits", "choice", "products", "cells")
+    return table(("cell", "gates", *names, "together"), rows) if rows else ""

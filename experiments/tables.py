@@ -15,7 +15,7 @@ from bench_training import CASES as TRAINING_CASES
 from command_line import command
 from cpu_tables import cpu_blocks, cpu_layer, cpu_other, cpu_product
 from gated_words import VARIANTS
-from gpu_tables import cluster_phases, every_cudnn, single_steps
+from gpu_tables import cluster_phases, every_cudnn, gated_phases, single_steps
 from gpu_training import LAYERS as GPU_LAYERS
 from pruning_tables import block_steps, block_steps_gpu, mask_refresh, swept_models
 from result_lines import HERE, last, number, read, table, times
@@ -424,6 +424,7 @@ SECTIONS = {
     "Time per token of a word model": word_latency,
     "Blocks chosen per input": dynamic_blocks,
     "Blocks chosen per input, in a large word model": large_dynamic_blocks,
+    "Phases of a step with gated blocks": gated_phases,
 }
 
 
