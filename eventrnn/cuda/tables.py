@@ -291,7 +291,8 @@ TILE_SIDE, TILE_INPUTS = 64, 16
     RESIDENT_ROWS,  # block rows of a strip that stay in shared memory
     LOGITS_RESIDENT,  # 1 if the weights of the own logits stay in shared memory
     PARTS,  # parts of a logit
-    IN_PIECES,  # 1 if every warp after the first has at most one strip, which goes through `kernels/gated_pieces.py`
+    IN_PIECES,  # 1 if every warp after the first has at most one strip, which goes through `kernels/gated_pieces.py`;
+    # the host reads it, and takes another kernel
     PLACE_FIELDS,  # number of columns
 ) = range(31)
 
