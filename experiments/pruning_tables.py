@@ -67,7 +67,7 @@ def otherwise(line: dict) -> str:
     since, until = line["pruning.since"], line.get("pruning.until") or LAST_CHANGE
     if line["pruning.sparsity"] and (since, until) != (0.3, 0.7):
         found.append(f"masks change from {since:g} to {until:g}")
-    if line["pruning.nm"] and line["pruning.since"] not in (None, 0.3):
+    if line["pruning.nm"] and line["pruning.since"] not in (None, 0.5):
         found.append(f"masks drawn at {line['pruning.since']:g}")
     return ", ".join(found)
 

@@ -51,7 +51,7 @@ def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
     recipes = [point.recipe for point in points]
     assert {recipe.model.cell for recipe in recipes} == {cell}
     assert {recipe.model.hidden for recipe in recipes} == {(64, 32), (128, 32)}
-    assert recipes[0].pruning.method == "" and {recipe.training.epochs for recipe in recipes} == {40, 80}
+    assert recipes[0].pruning.method == "" and {recipe.training.epochs for recipe in recipes} == {40, 60}
     dense, large = 64 * (64 + 32) + 32 * (32 + 64), 128 * (128 + 32) + 32 * (32 + 128)
     wide = [recipe for recipe in recipes if recipe.model.hidden == (128, 32)]
     assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide) and len(wide) == 2 * blocks

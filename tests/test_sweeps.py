@@ -16,7 +16,7 @@ import pytest
 import eventrnn.sweeps.driver as driver_module
 from eventrnn import _files, load
 from eventrnn.sweeps import Study, Sweep, SweepStopped, gpus, read_results, run_sweep
-from eventrnn.sweeps.engines import Engine, Needs, cores, default_workers
+from eventrnn.sweeps.engines import Engine, Needs, cores, default_workers, engine_of
 from eventrnn.sweeps.figure import sweep_figure
 from eventrnn.sweeps.results import note_start, saved_sweep, write_result
 from eventrnn.sweeps.study import Proposals
@@ -27,6 +27,7 @@ from support.sweeps import (
     PATIENCE,
     SETTINGS,
     Inline,
+    gpu_beside_another,
     kill_and_wait,
     last_point_held,
     models_alone,
@@ -329,6 +330,23 @@ def test_every_process_chooses_a_gpu_of_its_own(tmp_path, monkeypatch):
         gpus.claim_gpu()
         chosen.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert chosen[:2] == ["GPU-a", "GPU-b"] and chosen[2] in chosen[:2]
+
+
+def test_two_gpus_train_two_points_at_a_time(tmp_path, monkeypatch):
+    """The sweep starts a process per GPU; each keeps its own for all of its points."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "begun").mkdir()
+    with warnings.catch_warnings(action="ignore"):
+        engine = engine_of("processes", Needs(points=6, threads=1, gpu=True, folder=tmp_path), None, None)
+    assert engine.capacity == 2
+    engine.task = gpu_beside_another
+    try:
+        futures = [engine.submit(tmp_path / "begun") for _ in range(6)]
+        chosen = {future.result(PATIENCE) for future in futures}
+    finally:
+        engine.close()
+    assert sorted(name for _, name in chosen) == ["GPU-a", "GPU-b"]
 
 
 class Later(Inline):

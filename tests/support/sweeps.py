@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from eventrnn._files import locked
-from eventrnn.sweeps import Sweep
+from eventrnn._gpus import VARIABLE
+from eventrnn.sweeps import Sweep, gpus
 from eventrnn.sweeps.plan import MODEL, point
 from eventrnn.training.recipes.recipe import train
 
@@ -120,3 +121,11 @@ def started(*command, log):
     finally:
         process.kill()
         process.wait()
+
+
+def gpu_beside_another(folder: Path) -> tuple[int, str]:
+    """The number of this worker process and the GPU that it has chosen, once two processes have chosen theirs."""
+    gpus.claim_gpu()
+    (folder / str(os.getpid())).touch()
+    wait_until(lambda: len(list(folder.iterdir())) == 2, "a second worker")
+    return os.getpid(), os.environ[VARIABLE]
