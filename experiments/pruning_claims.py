@@ -56,6 +56,10 @@ class Pair:
             text += f" ({self.longer[0]['training.epochs']}: {gain:+.1%} for dense)"
         return f"{text}, {seeds(len(self.pruned))}"
 
+    def doubt(self, most: float) -> str:
+        """What is missing for a verdict, in words; empty where nothing is, or where there is a longer training."""
+        return ", dense one not trained for longer" if self.verdict(most) is None and not self.longer else ""
+
     def verdict(self, most: float) -> bool | None:
         """Whether the pruned network is worse by this ratio at most; None where a dense one that was trained too
         little makes it look good."""
@@ -190,7 +194,7 @@ def pruned_blocks(block: str) -> Callable[[], Finding | None]:
 
 def of_pairs(pairs: list[Pair], most: float, say: Callable[[Pair], str]) -> Finding:
     """What pairs show together, each with its figure."""
-    text = "; ".join(f"{pair.ratio - 1:+.1%}{say(pair)}; {pair.where}" for pair in pairs)
+    text = "; ".join(f"{pair.ratio - 1:+.1%}{say(pair)}; {pair.where}{pair.doubt(most)}" for pair in pairs)
     lines = tuple(line for pair in pairs for line in pair.lines)
     return Finding(text, joined(pair.verdict(most) for pair in pairs), last(lines))
 
