@@ -78,16 +78,14 @@ def test_kernels_of_plain_cells_compile_without_contraction(cell, kind):
     check_ptx(compiled(layers_kernel((cell.name, cell.variant), (tables.layout_code(kind, False, True),))))
 
 
-@pytest.mark.parametrize(("storage", "units"), [("float32", 60), ("bfloat16", 57)])
-def test_emulated_kernel_of_a_single_stream_has_the_bits_of_the_specification(
-    emulated_single_stream, storage, units
-):
+@pytest.mark.parametrize(("storage", "units"), [("float32", 60), ("bfloat16", 61)])
+def test_emulated_kernel_of_a_single_stream_has_the_bits_of_the_specification(emulated_single_stream, storage, units):
     network, x = case(ALL_CELLS[0], units=(units,), batch=1, steps=4, storage=storage)
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
     got = simulate(network, x, backend="cuda", record=RECORDABLE)
     assert "single_kernel" in emulated_single_stream.launched
     # More events than a group of terms, and a group that is not full.
-    assert units * np.mean(expected.activity) > 16
+    assert np.diff(expected.events[0].indptr).max() > 16
     assert_same(expected, got)
 
 

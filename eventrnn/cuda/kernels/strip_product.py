@@ -160,7 +160,7 @@ add_events8, add_values8, add_words8 = (make_add8(each) for each in (value_of_ev
 
 @device_function
 def entries8(at):
-    """Eight neighbouring pairs of words in shared memory, from address `at` on, a multiple of 16: first and second words."""
+    """First and second words of eight neighbouring pairs in shared memory, from address `at` on, a multiple of 16."""
     a, b = load_shared4(at), load_shared4(int32(at + 16))
     c, d = load_shared4(int32(at + 32)), load_shared4(int32(at + 48))
     return (a[0], a[2], b[0], b[2], c[0], c[2], d[0], d[2]), (a[1], a[3], b[1], b[3], c[1], c[3], d[1], d[3])
