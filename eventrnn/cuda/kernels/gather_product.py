@@ -445,7 +445,7 @@ def find_event(list_at, at, count, index_at, row_bytes):
     unit, value = load_readonly2(list_at + int64(8) * min(at, count))
     word, reaches = load_shared(int32(index_at + 4 * unit)), int32(0)
     if at < count:
-        reaches = word & int32(REACHES)
+        reaches = int32(word & int32(REACHES))
     return reaches, int32((word >> int32(STRIPS_PER_GROUP)) * row_bytes), libdevice.int_as_float(value)
 
 
