@@ -1,7 +1,7 @@
 """Time layers on a GPU beside every algorithm of cuDNN's GRU and LSTM, and append a line each to results/.
 
     python experiments/every_cudnn.py                      # hidden 512, 768, 1024, 1344; batch 1, 16, 64; and two more
-    python experiments/every_cudnn.py --hidden 768 --batch 16
+    python experiments/every_cudnn.py --hidden 768 --hidden 1024 --batch 16
 
 A line holds the output of `eventrnn bench inference --backend cuda --json`, the commit and the time. A case that has a
 line of this commit is skipped, so a run can be stopped and continued. Needs a GPU and cuDNN.
@@ -35,8 +35,9 @@ STEPS, REPEATS = 1000, 9
 
 
 def main(
-    hidden: Annotated[int | None, typer.Option(help="Only layers of so many units.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Only this batch size.")] = None,
+    hidden: Annotated[list[int] | None, typer.Option(help="Only layers of so many units; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Only this batch size; may be repeated.")] = None,
+    format: Annotated[str | None, typer.Option(help="Only this format: block or dense.")] = None,
     results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS,
 ) -> None:
     """Measure every case that is asked for, and append a line each."""
@@ -46,7 +47,8 @@ def main(
     for case in CASES:
         case = {"backend": "cuda", "against": "cudnn-persistent", "steps": STEPS, "repeats": REPEATS} | case
         asked = bench.Case(**case).record()
-        if (hidden or case["hidden"], batch or case["batch"]) != (case["hidden"], case["batch"]):
+        wanted = {"hidden": hidden, "batch": batch, "format": [format] if format else None}
+        if any(values and case[name] not in values for name, values in wanted.items()):
             continue
         if any(all(line.get(name) == value for name, value in asked.items()) for line in done):
             continue

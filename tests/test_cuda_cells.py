@@ -10,7 +10,7 @@ import pytest
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
-from eventrnn.cuda import CudaBackend, tables
+from eventrnn.cuda import CudaBackend, plan, tables
 from eventrnn.network import Network
 from eventrnn.pruning import nm_mask
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
@@ -21,6 +21,9 @@ from support.conformance import assert_same, assert_same_state, same_bits
 from support.ptx import check_ptx, compiler
 
 PLAIN_CELLS = [cell for cell in ALL_CELLS if not cell.thresholded]
+
+# The emulation replaces it.
+SINGLE = plan.Plan.single
 
 
 def said(value) -> str | None:
@@ -57,6 +60,14 @@ def emulated(monkeypatch):
     return emulated_gpu.install(monkeypatch)
 
 
+@pytest.fixture
+def emulated_single_stream(monkeypatch, emulated):
+    """The same, with plans for a single stream and the warps that they need."""
+    monkeypatch.setattr(plan.Plan, "single", SINGLE)
+    monkeypatch.setattr(plan, "_warps", lambda *arguments: 8)
+    return emulated
+
+
 @pytest.mark.parametrize(
     ("cell", "kind"), list(zip(PLAIN_CELLS, (tables.DENSE, tables.MASKED, tables.DENSE), strict=True)), ids=said
 )
@@ -65,6 +76,17 @@ def test_kernels_of_plain_cells_compile_without_contraction(cell, kind):
     from eventrnn.cuda.kernels.persistent import layers_kernel
 
     check_ptx(compiled(layers_kernel((cell.name, cell.variant), (tables.layout_code(kind, False, True),))))
+
+
+@pytest.mark.parametrize(("storage", "units"), [("float32", 60), ("bfloat16", 61)])
+def test_emulated_kernel_of_a_single_stream_has_the_bits_of_the_specification(emulated_single_stream, storage, units):
+    network, x = case(ALL_CELLS[0], units=(units,), batch=1, steps=4, storage=storage)
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    got = simulate(network, x, backend="cuda", record=RECORDABLE)
+    assert "single_kernel" in emulated_single_stream.launched
+    # More events than a group of terms, and a group that is not full.
+    assert np.diff(expected.events[0].indptr).max() > 16
+    assert_same(expected, got)
 
 
 @pytest.mark.parametrize(

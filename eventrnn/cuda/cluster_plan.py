@@ -17,8 +17,9 @@ from eventrnn.cuda.packing import CompactStrips
 from eventrnn.cuda.plan import Chip, LayerPlan, Plan
 from eventrnn.cuda.tables import LANES
 
-# Blocks per cluster that a plan may choose.
-CLUSTER_SIZES = (16, 8, 4, 2, 1)
+# Blocks per cluster that a plan may choose. Sizes that are no power of two leave fewer multiprocessors without a
+# cluster: of 132, 16 clusters of 6 use 96, and those of 4 use 64.
+CLUSTER_SIZES = (16, 8, 6, 5, 4, 3, 2, 1)
 
 # Warps per block, at most. With more, a thread has too few registers for the weights that it is loading.
 CLUSTER_WARPS = 24

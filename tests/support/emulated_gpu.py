@@ -222,6 +222,7 @@ SHORT_ADDRESSES = {
     "load_readonly": lambda at: np.float32(fake_gpu.floats(at, 1)[0]),
     "load_readonly4": lambda at: tuple(map(np.float32, fake_gpu.floats(at, 4))),
     "load_readonly_uint16": lambda at: np.int32(fake_gpu.half(at, 1, "float16")[0]),
+    "load_readonly2": lambda at: tuple(map(np.int32, fake_gpu.ints(at, 2))),
     "store_float": lambda at, value: ctypes.memmove(int(at), struct.pack("<f", float(value)), 4),
     "load_relaxed_int64": lambda at: np.int64(fake_gpu.longs(at, 1)[0]),
     "store_relaxed_int64": lambda at, word: ctypes.memmove(int(at), struct.pack("<q", int(word)), 8),

@@ -99,8 +99,10 @@ def products_kernel(layout: int):
         cuda.syncthreads()
         hits_at, index_at = int32(shared + int64(GATHER_BUFFER_BYTES) * warp), int32(own_index)
         lanes_below = int32((int32(1) << lane) - 1)
-        bias, out = global_float32(bias_at + 4 * (strip * LANES + lane)), global_float32(out_at)
         begins, counts, row_of = global_int64(begins_at), global_int32(counts_at), global_int64(row_of_at)
+        # Addresses of the first strip of the group. Those of the others follow, LANES columns apart.
+        first = strip * LANES + lane
+        bias_from, out_from, columns_left = bias_at + 4 * first, out_at + 4 * first, int32(columns - first)
         row = split * warps + warp
         while row < rows:
             source = row
@@ -109,22 +111,29 @@ def products_kernel(layout: int):
             list_at, count, at = lists_at + 8 * begins[source], counts[source], int32(0)
             while True:
                 (a, b, c, d, e), (f, g, h, i, j), values = find_events(list_at, int32(at + 5 * lane), count, index_at)
-                strip_of_group, column = int32(0), strip * LANES + lane
+                strip_of_group, own_bias, own_out, left = (
+                    int32(0),
+                    bias_from,
+                    out_from + 4 * row * columns,
+                    columns_left,
+                )
                 while strip_of_group < n_strips:
                     flags = (a & int32(1), b & int32(1), c & int32(1), d & int32(1), e & int32(1))
-                    acc = bias[strip_of_group * LANES]
-                    if at > 0 and column < columns:
+                    acc = global_float32(own_bias)[0]
+                    if at > 0 and left > 0:
                         # Continue the sum over earlier events of a long list.
-                        acc = out[row * columns + column]
+                        acc = global_float32(own_out)[0]
                     acc = list_product(acc, flags, (f, g, h, i, j), values, values_at, hits_at, lane, lanes_below)
-                    if column < columns:
-                        out[row * columns + column] = acc
+                    if left > 0:
+                        global_float32(own_out)[0] = acc
                     # The rows of a unit are stored one after the other.
                     f, g = int32(f + row_bytes * flags[0]), int32(g + row_bytes * flags[1])
                     h, i = int32(h + row_bytes * flags[2]), int32(i + row_bytes * flags[3])
                     j = int32(j + row_bytes * flags[4])
-                    a, b, c, d, e = a >> int32(1), b >> int32(1), c >> int32(1), d >> int32(1), e >> int32(1)
-                    strip_of_group, column = int32(strip_of_group + 1), column + LANES
+                    a, b, c = int32(a >> int32(1)), int32(b >> int32(1)), int32(c >> int32(1))
+                    d, e = int32(d >> int32(1)), int32(e >> int32(1))
+                    own_bias, own_out = own_bias + 4 * LANES, own_out + 4 * LANES
+                    strip_of_group, left = int32(strip_of_group + 1), int32(left - LANES)
                 at = int32(at + EVENTS_PER_WARP)
                 if at >= count:
                     break

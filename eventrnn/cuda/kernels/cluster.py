@@ -133,7 +133,7 @@ def cluster_kernel(
     """The kernel of the cluster plan and its signature.
 
     layout, layout_in  : layout codes of recurrent and input matrices
-    blocks             : blocks per cluster: 1, 2, 4, 8 or 16
+    blocks             : blocks per cluster (`cluster_plan.CLUSTER_SIZES`)
     units_per_lane     : units that a lane gathers together in recurrent strips
     units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
     single             : recurrent clusters have one sample, and a warp at most one strip, of one chunk

@@ -36,13 +36,18 @@ from eventrnn.cuda.kernels.ptx import (
     load_readonly_uint16,
     load_relaxed,
     load_shared,
-    load_shared4,
     load_shared_float,
-    load_shared_uint16,
     store_shared2,
     store_shared_pair_if,
 )
-from eventrnn.cuda.kernels.strip_product import FULL_WARP, make_add8, make_load8, popcount
+from eventrnn.cuda.kernels.strip_product import (
+    FULL_WARP,
+    add_words8,
+    entries8,
+    make_load8,
+    make_shared_weight,
+    popcount,
+)
 from eventrnn.cuda.tables import (
     EVENTS_PER_WARP,
     HIT_BYTES,
@@ -171,17 +176,7 @@ def make_hit_product(layout: int, reached: bool = False, deep: bool = False):
     narrow, resident = layout & NARROW, layout & RESIDENT
     padding = 8 if resident else TERMS_PER_GROUP
     if resident:
-        address = int32
-        if narrow:
-
-            @device_function
-            def weight(at):
-                return libdevice.int_as_float(load_shared_uint16(at) << int32(16))
-        else:
-
-            @device_function
-            def weight(at):
-                return load_shared_float(at)
+        address, weight = int32, make_shared_weight(bool(narrow))
     else:
         address = int64
         if narrow:
@@ -196,16 +191,10 @@ def make_hit_product(layout: int, reached: bool = False, deep: bool = False):
                 return load_readonly(at)
 
     @device_function
-    def entries8(at):
-        a, b = load_shared4(at), load_shared4(int32(at + 2 * HIT_BYTES))
-        c, d = load_shared4(int32(at + 4 * HIT_BYTES)), load_shared4(int32(at + 6 * HIT_BYTES))
-        return (a[0], a[2], b[0], b[2], c[0], c[2], d[0], d[2]), (a[1], a[3], b[1], b[3], c[1], c[3], d[1], d[3])
-
-    @device_function
     def row_weight(values_at, row):
         return weight(address(values_at + row))
 
-    row_weights, add8 = make_load8(row_weight), make_add8(libdevice.int_as_float)
+    row_weights, add8 = make_load8(row_weight), add_words8
 
     @device_function
     def add_next8(acc, values_at, at):
@@ -456,7 +445,7 @@ def find_event(list_at, at, count, index_at, row_bytes):
     unit, value = load_readonly2(list_at + int64(8) * min(at, count))
     word, reaches = load_shared(int32(index_at + 4 * unit)), int32(0)
     if at < count:
-        reaches = word & int32(REACHES)
+        reaches = int32(word & int32(REACHES))
     return reaches, int32((word >> int32(STRIPS_PER_GROUP)) * row_bytes), libdevice.int_as_float(value)
 
 

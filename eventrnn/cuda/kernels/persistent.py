@@ -348,7 +348,7 @@ def layers_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
                 weights.table_at + int64(8) * (strip * weights.n_pre),
                 weights.width,
                 lane,
-                shared_int64(lists.entries_at + int64(8) * (sample * lists.capacity)),
+                lists.entries_at + int64(8) * (sample * lists.capacity),
                 counts[sample],
                 hits_at,
             )

@@ -160,7 +160,7 @@ def single_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
     kind    : name and variant of the cell of all layers of the launch, which is an EGRU
     layouts : layout codes of their matrices
     """
-    strip_product = dispatch(layouts)
+    strip_product = dispatch(layouts, pipelined=True)
     paper = kind == ("egru", "paper")
     # Gates whose recurrent drive uses the outputs of the step before; the paper's candidate uses r * y instead.
     gates_from_outputs = 2 if paper else 3
@@ -175,8 +175,9 @@ def single_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
         tile, sample = block[tables.TILE], block[tables.SAMPLE]
         input_log, states = layer[tables.INPUT_LOG], layer[tables.STATES]
         segments, input_segments = int32((n + SEGMENT - 1) >> 7), int32((inputs + SEGMENT - 1) >> 7)
-        entries = shared_int64(shared + block[tables.AT_LIST])
-        input_entries = shared_int64(shared + block[tables.AT_LIST] + 8 * block[tables.CAPACITY])
+        entries_at = shared + block[tables.AT_LIST]
+        input_entries_at = entries_at + 8 * block[tables.CAPACITY]
+        entries, input_entries = shared_int64(entries_at), shared_int64(input_entries_at)
         segment_counts, input_counts = (
             shared_int32(shared + block[tables.AT_SEGMENT_COUNTS]),
             shared_int32(shared + block[tables.AT_SEGMENT_COUNTS] + 128),
@@ -262,7 +263,7 @@ def single_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
                 return
             if 3 <= warp < 6:
                 drives[spot] = strip_product(
-                    layout_in, bias_in, in_values, in_table, width, lane, input_entries, count, hits_at
+                    layout_in, bias_in, in_values, in_table, width, lane, input_entries_at, count, hits_at
                 )
 
         t = int64(0)
@@ -287,7 +288,7 @@ def single_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
                 )
                 if 3 <= warp < 6 and count >= 0:
                     drives[3 * LANES - ahead + spot] = strip_product(
-                        layout_in, bias_in, in_values, in_table, width, lane, input_entries, input_count, hits_at
+                        layout_in, bias_in, in_values, in_table, width, lane, input_entries_at, input_count, hits_at
                     )
             else:
                 if input_log == 0 and warp < 3 and mine:
@@ -300,7 +301,7 @@ def single_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
             log_at += row_bytes
             if warp < gates_from_outputs:
                 drive_rec = strip_product(
-                    layout_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at
+                    layout_rec, bias_rec, rec_values, rec_table, width, lane, entries_at, count, hits_at
                 )
             if input_log != 0 and warp < 3:
                 drive = drives[ahead + spot]
@@ -321,7 +322,7 @@ def single_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
                 gated_at += row_bytes
                 if warp == 2:
                     drive_rec = strip_product(
-                        layout_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at
+                        layout_rec, bias_rec, rec_values, rec_table, width, lane, entries_at, count, hits_at
                     )
 
             # Cells and events of this step.

@@ -9,7 +9,8 @@ array       memory            contents
 =========== ================= ====================================================================================
 acc         register          float32, one output per lane
 entries     shared            (count + LIST_PAD,) int64 events: unit in the lower half, bits of the float32 value in
-                              the upper half; the LIST_PAD entries at the end are zero and add nothing
+                              the upper half; the LIST_PAD entries at the end are zero and add nothing; the list
+                              begins at a multiple of 16
 values      shared or global  weights of the strip, float32 or uint16 bits of bfloat16 (`packing.Strips.values`)
 table       shared or global  (n_pre,) int64 for MASKED and RUNS: mask of outputs in the lower half, position of the
                               weights in the upper half (`packing.Strips.table`)
@@ -31,6 +32,9 @@ from eventrnn.cuda.kernels.ptx import (
     global_float32,
     global_int64,
     global_uint16,
+    load_shared4,
+    load_shared_float,
+    load_shared_uint16,
     shared_float32,
     shared_int64,
     shared_uint16,
@@ -151,16 +155,85 @@ def load8(array, at):
     )
 
 
-add_events8, add_values8 = make_add8(value_of_event), make_add8(unchanged)
+add_events8, add_values8, add_words8 = (make_add8(each) for each in (value_of_event, unchanged, libdevice.int_as_float))
 
 
-def make_strip_product(layout: int):
+@device_function
+def entries8(at):
+    """First and second words of eight neighbouring pairs in shared memory, from address `at` on, a multiple of 16."""
+    a, b = load_shared4(at), load_shared4(int32(at + 16))
+    c, d = load_shared4(int32(at + 32)), load_shared4(int32(at + 48))
+    return (a[0], a[2], b[0], b[2], c[0], c[2], d[0], d[2]), (a[1], a[3], b[1], b[3], c[1], c[3], d[1], d[3])
+
+
+def make_shared_weight(narrow: bool):
+    """The device function weight: shared address of a weight -> float32."""
+    if not narrow:
+        return load_shared_float
+
+    @device_function
+    def weight(at):
+        # The upper half of a float32 is a bfloat16.
+        return libdevice.int_as_float(load_shared_uint16(at) << int32(16))
+
+    return weight
+
+
+def make_pipelined_product(narrow: bool):
+    """`strip_product` for dense weights in shared memory, for a warp that waits for nothing but the sum itself.
+
+    While the terms of one group are added, the weights of the next group and the entries of the one after it are
+    loaded. That takes about 110 registers.
+    """
+    weight_at, size = make_shared_weight(narrow), 2 if narrow else 4
+
+    @device_function
+    def row_at(own_at, unit, row_bytes):
+        return int32(own_at + unit * row_bytes)
+
+    @device_function
+    def weight_of(base, at):
+        return weight_at(at)
+
+    rows_at, weights_of = make_load8(row_at), make_load8(weight_of)
+
+    @device_function
+    def pipelined_strip_product(acc, values_at, table_at, width, lane, entries_at, count, hits_at):
+        own_at, row_bytes, at, e = int32(values_at + size * lane), int32(size * width), int32(entries_at), int32(0)
+        # The zeros after the list, which are read in place of entries beyond it.
+        end = int32(at + 8 * ((count + 1) & -2))
+        (units, values), (more_units, more_values) = entries8(at), entries8(int32(at + 64))
+        weights = weights_of(0, rows_at(own_at, units, row_bytes))
+        more = weights_of(0, rows_at(own_at, more_units, row_bytes))
+        units, next_values = entries8(int32(at + 128))
+        more_units, more_next_values = entries8(int32(at + 192))
+        rows, more_rows = rows_at(own_at, units, row_bytes), rows_at(own_at, more_units, row_bytes)
+        while e < count:
+            at = min(int32(at + 128), end)
+            later = min(int32(at + 128), end)
+            units, later_values = entries8(later)
+            more_units, more_later_values = entries8(int32(later + 64))
+            next_weights, more_next_weights = weights_of(0, rows), weights_of(0, more_rows)
+            acc = add_words8(add_words8(acc, weights, values), more, more_values)
+            rows, more_rows = rows_at(own_at, units, row_bytes), rows_at(own_at, more_units, row_bytes)
+            weights, values, next_values = next_weights, next_values, later_values
+            more, more_values, more_next_values = more_next_weights, more_next_values, more_later_values
+            e = int32(e + 16)
+        return acc
+
+    return pipelined_strip_product
+
+
+def make_strip_product(layout: int, pipelined: bool = False):
     """The device function strip_product for matrices of one layout (`tables.layout_code`).
 
-    strip_product(acc, values_at, table_at, width, lane, entries, count, hits_at) -> acc, with byte addresses
-    `values_at`, `table_at`, `hits_at`, `width` outputs per strip and `count` events in `entries`.
+    strip_product(acc, values_at, table_at, width, lane, entries_at, count, hits_at) -> acc, with byte addresses
+    `values_at`, `table_at`, `entries_at`, `hits_at`, `width` outputs per strip and `count` events. With `pipelined`,
+    dense weights in shared memory are multiplied by `make_pipelined_product`.
     """
     narrow, resident, kind = layout & NARROW, layout & RESIDENT, layout & KINDS
+    if pipelined and resident and kind == DENSE:
+        return make_pipelined_product(bool(narrow))
     if narrow:
         pointer = shared_uint16 if resident else global_uint16
 
@@ -184,8 +257,8 @@ def make_strip_product(layout: int):
     row_weights = make_load8(row_weight)
 
     @device_function
-    def dense_strip_product(acc, values_at, table_at, width, lane, entries, count, hits_at):
-        values = pointer(values_at)
+    def dense_strip_product(acc, values_at, table_at, width, lane, entries_at, count, hits_at):
+        values, entries = pointer(values_at), shared_int64(entries_at)
         e = int32(0)
         while e < count:
             one, two = load8(entries, e), load8(entries, int32(e + 8))
@@ -237,8 +310,8 @@ def make_strip_product(layout: int):
         return int32(hits + popcount(hit))
 
     @device_function
-    def masked_strip_product(acc, values_at, table_at, width, lane, entries, count, hits_at):
-        values, table = pointer(values_at), words_of(table_at)
+    def masked_strip_product(acc, values_at, table_at, width, lane, entries_at, count, hits_at):
+        values, table, entries = pointer(values_at), words_of(table_at), shared_int64(entries_at)
         words, values_of_hits = shared_int64(hits_at), shared_float32(hits_at + int64(8 * (MAX_HITS + LIST_PAD)))
         lanes_below = int32((int32(1) << lane) - 1)
         hits, e = int32(0), lane
@@ -276,22 +349,22 @@ def make_strip_product(layout: int):
     return dense_strip_product if kind == DENSE else masked_strip_product
 
 
-def dispatch(layouts: tuple[int, ...]):
+def dispatch(layouts: tuple[int, ...], pipelined: bool = False):
     """The device function strip_product for matrices of several layouts; its first argument is the layout code."""
-    strip_product = make_strip_product(layouts[0])
+    strip_product = make_strip_product(layouts[0], pipelined)
     if len(layouts) == 1:
 
         @device_function
-        def one_layout(layout, acc, values_at, table_at, width, lane, entries, count, hits_at):
-            return strip_product(acc, values_at, table_at, width, lane, entries, count, hits_at)
+        def one_layout(layout, acc, values_at, table_at, width, lane, entries_at, count, hits_at):
+            return strip_product(acc, values_at, table_at, width, lane, entries_at, count, hits_at)
 
         return one_layout
-    first, others = int(layouts[0]), dispatch(layouts[1:])
+    first, others = int(layouts[0]), dispatch(layouts[1:], pipelined)
 
     @device_function
-    def several_layouts(layout, acc, values_at, table_at, width, lane, entries, count, hits_at):
+    def several_layouts(layout, acc, values_at, table_at, width, lane, entries_at, count, hits_at):
         if layout == first:
-            return strip_product(acc, values_at, table_at, width, lane, entries, count, hits_at)
-        return others(layout, acc, values_at, table_at, width, lane, entries, count, hits_at)
+            return strip_product(acc, values_at, table_at, width, lane, entries_at, count, hits_at)
+        return others(layout, acc, values_at, table_at, width, lane, entries_at, count, hits_at)
 
     return several_layouts
