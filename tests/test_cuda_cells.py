@@ -10,7 +10,7 @@ import pytest
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
-from eventrnn.cuda import CudaBackend, plan, tables
+from eventrnn.cuda import CudaBackend, matrix, plan, tables
 from eventrnn.network import Network
 from eventrnn.pruning import nm_mask
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
@@ -22,8 +22,8 @@ from support.ptx import check_ptx, compiler
 
 PLAIN_CELLS = [cell for cell in ALL_CELLS if not cell.thresholded]
 
-# The emulation replaces it.
-SINGLE = plan.Plan.single
+# The emulation replaces them.
+SINGLE, PRODUCTS = plan.Plan.single, matrix.Matrix.products
 
 
 def said(value) -> str | None:
@@ -86,6 +86,19 @@ def test_emulated_kernel_of_a_single_stream_has_the_bits_of_the_specification(em
     assert "single_kernel" in emulated_single_stream.launched
     # More events than a group of terms, and a group that is not full.
     assert np.diff(expected.events[0].indptr).max() > 16
+    assert_same(expected, got)
+
+
+# 250 inputs send more events than a warp looks up together, and 90 gate rows are no whole number of strips.
+@pytest.mark.parametrize(("inputs", "storage"), [(250, "bfloat16"), (40, "float32")])
+def test_emulated_products_of_rows_have_the_bits_of_the_specification(monkeypatch, emulated, inputs, storage):
+    monkeypatch.setattr(matrix.Matrix, "products", PRODUCTS)
+    monkeypatch.setattr(matrix, "WARPS", emulated_gpu.WARPS)
+    network, x = case(ALL_CELLS[0], "block", units=(30,), inputs=inputs, storage=storage, steps=2)
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    got = simulate(network, x, backend="cuda", record=RECORDABLE)
+    assert "products" in emulated.launched
+    assert (np.count_nonzero(x, axis=2).max() > tables.EVENTS_PER_WARP) == (inputs == 250)
     assert_same(expected, got)
 
 

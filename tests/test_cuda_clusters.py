@@ -15,29 +15,30 @@ from support.conformance import assert_same
 STEPS = 4
 
 
-def install(monkeypatch, clusters: int):
-    """An emulated GPU on which so many clusters of two blocks are resident."""
+def install(monkeypatch, clusters: int, blocks: int = 2):
+    """An emulated GPU on which so many clusters of `blocks` blocks are resident."""
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     device = emulated_gpu.install(monkeypatch)
-    monkeypatch.setattr(type(device), "clusters", lambda self, size: clusters if size == 2 else 0)
+    monkeypatch.setattr(type(device), "clusters", lambda self, size: clusters if size == blocks else 0)
     return device
 
 
 # The gates of 70 units begin within a strip.
 @pytest.mark.parametrize(
-    ("units", "layers", "batch", "clusters", "dtype", "warps"),
+    ("units", "layers", "batch", "clusters", "blocks", "dtype", "warps"),
     [
-        (70, 1, 1, 1, "float32", 24),
-        (64, 2, 1, 3, "bfloat16", 24),
-        (64, 1, 2, 1, "bfloat16", 24),
-        (64, 1, 1, 1, "bfloat16", 2),
+        (70, 1, 1, 1, 2, "float32", 24),
+        (64, 2, 1, 3, 2, "bfloat16", 24),
+        (64, 1, 2, 1, 2, "bfloat16", 24),
+        (64, 1, 1, 1, 2, "bfloat16", 2),
+        (70, 1, 1, 1, 3, "bfloat16", 24),
     ],
-    ids=["one-stream", "two-layers", "two-streams-in-a-cluster", "two-strips-per-warp"],
+    ids=["one-stream", "two-layers", "two-streams-in-a-cluster", "two-strips-per-warp", "three-blocks"],
 )
 def test_emulated_clusters_have_the_bits_of_the_specification(
-    monkeypatch, units, layers, batch, clusters, dtype, warps
+    monkeypatch, units, layers, batch, clusters, blocks, dtype, warps
 ):
-    device, rng = install(monkeypatch, clusters), np.random.default_rng(units)
+    device, rng = install(monkeypatch, clusters, blocks), np.random.default_rng(units)
     monkeypatch.setattr(cluster_plan, "CLUSTER_WARPS", warps)
     network = random_network(
         units, layers, sparsity=0.7, format="block", block=(1, 32), variant="evnn", rng=rng, dtype=dtype

@@ -159,8 +159,8 @@ def _list_row(dense: np.ndarray, row: int, begins_at, counts_at, lists_at, capac
     at = np.flatnonzero(dense)
     longs(begins_at, row + 1)[row] = row * capacity
     ints(counts_at, row + 1)[row] = len(at)
-    words = ints(lists_at + 8 * row * capacity, 2 * len(at)).reshape(-1, 2) if len(at) else np.zeros((0, 2), np.int32)
-    words[:, 0], words[:, 1] = at, dense[at].view(np.int32)
+    words = ints(lists_at + 8 * row * capacity, 2 * (len(at) + tables.LIST_PAD)).reshape(-1, 2)
+    words[: len(at), 0], words[: len(at), 1], words[len(at) :] = at, dense[at].view(np.int32), 0
 
 
 def _dense_events(blocks, x_at, n, row_0, begins_at, counts_at, lists_at, capacity, status_at):
