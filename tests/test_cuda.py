@@ -34,7 +34,7 @@ from eventrnn.testing import weights as weights_of
 from eventrnn.weights import CSR, STORAGES, convert
 from support.ptx import check_ptx, compiler
 
-H100 = Chip(132, 232_448, {16: 7, 8: 15, 4: 31, 2: 64, 1: 132})
+H100 = Chip(132, 232_448, {16: 7, 8: 15, 6: 17, 5: 22, 4: 31, 3: 39, 2: 64, 1: 132})
 
 
 # --- packing ------------------------------------------------------------------------------------------------
@@ -274,6 +274,19 @@ def test_cluster_plans_need_clusters_shared_memory_and_one_storage_type():
     assert cluster_plan([shape], 1, Chip(132, 4_000, H100.clusters)) is None
     assert cluster_plan([shape, ClusterShape(256, wide, wide)], 1, H100) is not None
     assert cluster_plan([shape, ClusterShape(256, wide, narrow)], 1, H100) is None
+
+
+# One sixth of 1344 units, with a tenth of their weights, does not fit into the shared memory of a block.
+@pytest.mark.parametrize(("units", "blocks"), [(768, 6), (1024, 6), (1344, 4)])
+def test_sixteen_streams_have_clusters_of_six_blocks_if_those_hold_the_weights(units, blocks):
+    begins = units // 10 * np.arange(3 * units // 32 + 1)
+    rows = np.broadcast_to(np.zeros(32, np.uint16), (begins[-1] + 1, 32))
+    found = cluster_plan(
+        [ClusterShape(units, None, CompactStrips(np.zeros(begins[-1], np.int32), rows, begins))], 16, H100
+    )
+    assert found is not None
+    assert (found.cluster, found.samples, found.groups) == (blocks, 1, 16)
+    assert bool(found.layers[0].layout_rec & tables.RESIDENT) == found.single_strips == (blocks == 6)
 
 
 @settings(max_examples=20)

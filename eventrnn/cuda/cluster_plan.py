@@ -21,6 +21,10 @@ from eventrnn.cuda.tables import LANES
 # cluster: of 132, 16 clusters of 6 use 96, and those of 4 use 64.
 CLUSTER_SIZES = (16, 8, 6, 5, 4, 3, 2, 1)
 
+# Those of them that a plan chooses only if the recurrent weights are in shared memory: with weights in L2, 16 streams
+# of 1344 units took longer with clusters of 6 than with clusters of 4.
+RESIDENT_SIZES = (6, 5, 3)
+
 # Warps per block, at most. With more, a thread has too few registers for the weights that it is loading.
 CLUSTER_WARPS = 24
 
@@ -89,6 +93,9 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
         while samples:
             found = _lay_out(roles, size, samples, per_lane, chip)
             if found is not None:
+                resident = found[0][-1].layout_rec & tables.RESIDENT
+                if size in RESIDENT_SIZES and not resident:
+                    break
                 groups = min(max_groups, -(-batch // samples))
                 cost = _cost(shapes, *found, samples) * -(-batch // (groups * samples))
                 if best is None or cost < best[0]:
