@@ -452,7 +452,8 @@ def _pack_integer_blocks(
     groups[1:, 0] = unit[heads] // RANGE_UNITS * (RANGE_UNITS // 8)
     groups[1:, 1], groups[1:, 2] = within[heads], np.diff(np.append(heads, len(unit)))
     fired = ceil_div(weights.shape[0], RANGE_UNITS) * (RANGE_UNITS // 64)
-    space = fired + ceil_div(len(unit) + GROUP_SEGMENTS, 4)
+    # Of the list of the strip after the last one, the kernel reads as many numbers as the last one has.
+    space = fired + ceil_div(len(unit) + int(within.max(initial=0)) + 1 + GROUP_SEGMENTS, 4)
     at = pools.add_pointers(np.concatenate([strips.ravel(), groups.ravel(), np.zeros(space, np.int64)]))
     index_at = pools.add_index(unit.astype(np.uint16))
     values_at = pools.add_values(np.concatenate([tests.ravel().view(np.int8), values.ravel()]))
