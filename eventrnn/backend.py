@@ -18,13 +18,18 @@ import numpy as np
 from eventrnn._checks import WHOLE, float32_array, need_choice, need_flag, number_array, plain_array
 from eventrnn.events import Events
 from eventrnn.state import InputKind, Inputs, State, Trace, on_gpu
+from eventrnn.weights import INTEGER_COLUMNS, MatrixId, takes_integers
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
-#: Prefixes of kernel names in `Trace.paths`. Products of these kernels add their terms in another order than the exact
-#: backends.
-INEXACT = ("blas", "tensor")
+#: Prefixes of kernel names in `Trace.paths`. Products of these kernels round their terms, or add them in another order
+#: than the exact backends.
+INEXACT = ("blas", "tensor", "integers")
+
+#: In `Trace.paths`, the kernel of every matrix that `takes_integers` admits where a run need not be exact. It serves
+#: any number of samples and steps, so that no bit depends on what a kernel is selected by.
+INTEGERS = "integers"
 
 #: Backends that run matrices only, no blocks that are chosen per input.
 MATRICES_ONLY = ("blas",)
@@ -42,6 +47,23 @@ def merged_paths(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
             if kernel.startswith(INEXACT) or not merged.get(name, "").startswith(INEXACT):
                 merged[name] = kernel
     return merged
+
+
+def integer_matrices(network: Network) -> list[str]:
+    """Names of the matrices that `exact=False` multiplies in integers on a CPU. Raises ValueError where there is none.
+
+    A symbol is a single event of the first matrix, of which nothing need be rounded.
+    """
+    matrices = network.matrices()
+    first = [MatrixId.of(0, "w_in")] if network.one_hot else []
+    found = [name for name, weights in matrices.items() if takes_integers(weights) and name not in first]
+    if not found:
+        got = ", ".join(f"{name} {weights!r}" for name, weights in matrices.items())
+        raise ValueError(
+            f"exact: got False, but only int8 weights in blocks of {INTEGER_COLUMNS} columns, or a multiple of them, "
+            f"are multiplied in integers, and the matrices are {got}; leave exact out, or store such blocks as int8"
+        )
+    return found
 
 
 class BackendUnavailable(RuntimeError):
@@ -266,9 +288,10 @@ BACKENDS = {
 def get_backend(backend: str | Backend, exact: bool = True) -> Backend:
     """The backend of that name; an object that is a backend already is returned as it is.
 
-    exact : False lets "auto" use BLAS and "cuda" use tensor cores
+    exact : False lets "cpu" and "reference" multiply int8 blocks in integers, "auto" do so and use BLAS, and "cuda" use
+            tensor cores
 
-    Raises ValueError for an unknown name, and for `exact=False` with a backend that has exact kernels only.
+    Raises ValueError for an unknown name.
     """
     need_flag("exact", exact)
     if not isinstance(backend, str):
@@ -278,13 +301,8 @@ def get_backend(backend: str | Backend, exact: bool = True) -> Backend:
     need_choice("backend", backend, BACKENDS)
     module, _, name = BACKENDS[backend].partition(":")
     kind = getattr(importlib.import_module(module), name)
-    if backend in ("auto", "cuda"):
-        return kind(exact=exact)
-    if not exact and kind.exact:
-        raise ValueError(
-            f"exact: got False, but backend {backend!r} has exact paths only; use 'auto' or 'cuda', or leave it out"
-        )
-    return kind()
+    # BLAS is never exact.
+    return kind() if backend == "blas" else kind(exact=exact)
 
 
 # --- training ------------------------------------------------------------------------------------------------

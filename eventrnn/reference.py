@@ -11,7 +11,7 @@ pruned network must equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from eventrnn import cells
-from eventrnn.backend import HostInputs
+from eventrnn.backend import INTEGERS, HostInputs, integer_matrices
 from eventrnn.cells import Cell
 from eventrnn.reference_products import (
     SharedGradients,
@@ -258,13 +258,13 @@ def _adjoint(cell: Cell, k: Tape | LSTMTape, parameters: dict, d_y, d_c, d_cell)
     return [d_u, d_r, d_g], [d_u, d_r, d_g], d_c_before, d_y_before + d_y_sent, d_threshold
 
 
-def layer_parameters(layer, dtype: DTypeLike = np.float32, name: str = "") -> dict:
+def layer_parameters(layer, dtype: DTypeLike = np.float32, name: str = "", integers: Collection[str] = ()) -> dict:
     """The arrays of a layer by name, with dense weights: `w_in` (I, 3N), `w_rec` (N, 3N), `bias_in` and `bias_rec`
     (3N,), `threshold` (N,). An LSTM has 4N in place of 3N. `name` is what stands before the names of its matrices in
-    messages."""
+    messages; `integers` is that of `weight_arrays`."""
     return {
-        "w_in": weight_arrays(f"{name}w_in", layer.w_in, dtype),
-        "w_rec": weight_arrays(f"{name}w_rec", layer.w_rec, dtype),
+        "w_in": weight_arrays(f"{name}w_in", layer.w_in, dtype, integers),
+        "w_rec": weight_arrays(f"{name}w_rec", layer.w_rec, dtype, integers),
         "bias_in": layer.bias_in.astype(dtype),
         "bias_rec": layer.bias_rec.astype(dtype),
         "threshold": layer.threshold.astype(dtype),
@@ -276,20 +276,28 @@ class ReferenceBackend:
 
     dtype : float32 returns the bits that all exact backends return. float64 is not exact; its outputs are float64, and
             tests derive bounds from them
+    exact : False multiplies int8 blocks in integers, as "cpu" does, with the same bits; in float32 only
     """
 
     name = "reference"
     exact = True
 
-    def __init__(self, dtype: DTypeLike = np.float32):
-        self.dtype = np.dtype(dtype)
-        self.exact = self.dtype == np.float32
+    def __init__(self, dtype: DTypeLike = np.float32, exact: bool = True):
+        self.dtype, self.integers = np.dtype(dtype), not exact
+        if self.integers and self.dtype != np.float32:
+            raise ValueError(
+                f"exact: got False for {self.dtype}, but integer sums are defined for float32; leave it out"
+            )
+        self.exact = exact and self.dtype == np.float32
 
     def engine(self, network: Network, *, threads: int = 1) -> ReferenceEngine:
-        """An engine with dense copies of the weights. Raises ValueError unless `threads` is 1."""
+        """An engine with dense copies of the weights.
+
+        Raises ValueError unless `threads` is 1, and for `exact=False` where no matrix is multiplied in integers.
+        """
         if threads != 1:
             raise ValueError(f"threads: got {threads}, but the reference backend runs on 1; use backend='cpu'")
-        return ReferenceEngine(network, self.dtype)
+        return ReferenceEngine(network, self.dtype, exact=not self.integers)
 
 
 class ReferenceEngine:
@@ -297,13 +305,16 @@ class ReferenceEngine:
 
     dense = False
 
-    def __init__(self, network: Network, dtype: np.dtype):
+    def __init__(self, network: Network, dtype: np.dtype, exact: bool = True):
         self.dtype, self.host_inputs = dtype, HostInputs(network, dense=True)
+        self.paths = {} if exact else dict.fromkeys(integer_matrices(network), INTEGERS)
         self.cells = [layer.cell for layer in network.layers]
-        self.parameters = [layer_parameters(layer, dtype, f"layers.{k}.") for k, layer in enumerate(network.layers)]
+        self.parameters = [
+            layer_parameters(layer, dtype, f"layers.{k}.", self.paths) for k, layer in enumerate(network.layers)
+        ]
         self.readout = None
         if network.readout is not None:
-            weights = weight_arrays("readout", network.readout.weights, dtype)
+            weights = weight_arrays("readout", network.readout.weights, dtype, self.paths)
             self.readout = (weights, network.readout.bias.astype(dtype))
 
     def stepper(self, state: State) -> None:
@@ -346,4 +357,5 @@ class ReferenceEngine:
             tuple(fired),
             tuple(events) if record_events else (),
             tuple(states) if record_states else (),
+            self.paths,
         )

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from eventrnn import cells
 from eventrnn.state import HeldGates, gates_not_finite
-from eventrnn.weights import GatedBlocks, Weights
+from eventrnn.weights import BlockCSR, GatedBlocks, Weights
 from eventrnn.weights.gated import rows_of_part
 
 # Causes of gates that are not finite, in the order of `state.GATE_FAULTS`.
@@ -33,10 +33,75 @@ def propagate(weights, values, bias):
     """
     if isinstance(weights, ChosenBlocks):
         return propagate_chosen(weights, values, bias)
+    if isinstance(weights, CodedWeights):
+        return propagate_integers(weights, values, bias)
     drive = np.repeat(bias[None, :], len(values), axis=0)
     for j in range(len(weights)):
         drive = cells.fma(weights[j][None, :], values[:, j, None], drive)
     return drive
+
+
+# --- int8 weights times rounded values, in integers ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CodedWeights:
+    """A matrix of int8 whose products need not be exact.
+
+    Attributes
+    ----------
+    codes  : (J, P) int8
+    scales : (J,) float32; a weight is code * scale
+    bits   : of the rounded values, see `BlockCSR.integer_bits`
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    bits: int
+
+    def __getitem__(self, columns) -> CodedWeights:
+        return CodedWeights(self.codes[columns], self.scales, self.bits)
+
+
+def propagate_integers(weights: CodedWeights, values, bias):
+    """`propagate` with values that are rounded to integers: the only roundings are these, and two per drive.
+
+    The scales join the values: a row of values (J,) is x[j] = value[j] * scale[j], a float32 multiplication. With the
+    step of `rounding_step`, q[j] is x[j] / step rounded to the nearest integer, a tie to the even one. A drive is
+    fma(float32(sum over j of code[j] * q[j]), step, bias): the sum is exact, in any order.
+
+    A drive is within step / 2 * sum over the values of |code[j]| of the one that `propagate` defines, up to roundings
+    of float32. The step is at most 2^-13 times the largest |x|, where no output has more than 1023 weights, or 2^-126.
+    Where an x overflows, all drives of its row are NaN.
+    """
+    drives = np.empty((len(values), len(bias)), np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = values.astype(np.float32) * weights.scales
+    for drive, row in zip(drives, scaled, strict=True):
+        step = rounding_step(row, weights.bits)
+        if np.isnan(step):
+            drive[:] = np.nan
+        else:
+            # A quotient of a power of two is exact, or too small to count.
+            whole = np.rint(row / step).astype(np.int64)
+            drive[:] = cells.fma((whole @ weights.codes.astype(np.int64)).astype(np.float32), step, bias)
+    return drives
+
+
+def rounding_step(row: np.ndarray, bits: int) -> np.float32:
+    """The step to which a row (J,) is rounded, a power of two; NaN where the row has an infinity.
+
+    It is the smallest one, but at least 2^-126, that is certain to leave every value at or below 2^bits steps.
+    """
+    largest = np.abs(row).max(initial=np.float32(0))
+    if not np.isfinite(largest):
+        return np.float32(np.nan)
+    # A number of this exponent is below 2^exponent; those of zero and of subnormal numbers are raised.
+    _, exponent = np.frexp(np.maximum(largest, np.float32(2.0**-126)))
+    return np.float32(2.0 ** max(int(exponent) - bits, -126))
+
+
+# --- blocks of which every input chooses some ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -298,8 +363,13 @@ def _need_finite(name: str, numbers: np.ndarray, fault: int) -> None:
         raise gates_not_finite(name, fault)
 
 
-def weight_arrays(name: str, weights: Weights, dtype: DTypeLike) -> Any:
-    """A matrix as a dense array, or the arrays of gated blocks, for `propagate`."""
+def weight_arrays(name: str, weights: Weights, dtype: DTypeLike, integers: Collection[str] = ()) -> Any:
+    """A matrix as a dense array, the arrays of gated blocks, or `CodedWeights`, for `propagate`.
+
+    integers : names of the matrices that are multiplied in integers
+    """
+    if name in integers and isinstance(weights, BlockCSR) and weights.scales is not None:
+        return CodedWeights(weights.codes(), weights.scales, weights.integer_bits())
     if not isinstance(weights, GatedBlocks):
         return weights.to_dense().astype(dtype)
     dense, gate, bias = (a.astype(dtype) for a in (weights.blocks.to_dense(), weights.gate, weights.gate_bias))

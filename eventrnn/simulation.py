@@ -117,7 +117,9 @@ class Simulator:
               be the fastest on this machine
     exact   : False lets "auto" use BLAS, and "cuda", from 4 samples on, tensor cores with float16 weights and events.
               Their sums are made in another order; they are used where they were measured to be faster, and
-              `Simulation.paths` names them. "cuda" measures at the first `run`; a `step` before it is exact
+              `Simulation.paths` names them. "cuda" measures at the first `run`; a `step` before it is exact. "cpu",
+              "auto" and "reference" multiply int8 weights in blocks of 64 columns, or a multiple, with rounded events,
+              in integers (`docs/numerics.md`); "cpu" and "reference" refuse a network without such blocks
     threads : threads of the engine; their number never changes a bit
     state   : the state to start from; None is the zero state. In layers of GRU cells, cells equal outputs
     carry   : "state" carries cells and outputs. "events" zeroes the cells at the start of every `run` and every
@@ -464,7 +466,8 @@ def simulate(
     lengths : (batch,) whole numbers, the number of steps of each sample, where they differ; see `Simulator.run`
     state   : the state to start from; None is the zero state
     backend : a name in `BACKENDS` ("cpu", "auto", "cuda", "blas", "reference") or a `Backend`
-    exact   : False lets "auto" use BLAS and "cuda" use tensor cores, where they were measured to be faster
+    exact   : False lets "auto" use BLAS and "cuda" use tensor cores, where they were measured to be faster, and a CPU
+              multiply int8 blocks in integers
     threads : threads of the engine; their number never changes a bit
     record  : any of "events" (every event of every layer, and the input) and "states" (every cell at every step)
     carry   : "state", or "events" to zero the cells every `window` steps as the released EvNN code does

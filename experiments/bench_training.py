@@ -2,6 +2,7 @@
 
     python experiments/bench_training.py
     python experiments/bench_training.py --table
+    python experiments/bench_training.py --only "batch 20, 0% pruned, 2 threads" --baselines torch
 
 A line holds the output of `eventrnn bench training --json`, the commit and the time. A case that has a line of this
 device and commit is skipped. Needs torch.
@@ -76,6 +77,8 @@ def show(records: Records) -> Table:
 
 def main(
     repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7,
+    only: Annotated[str, typer.Option(help="Measure only cases whose name contains these words.")] = "",
+    only_baselines: Annotated[str, typer.Option("--baselines", help="Beside these only, comma-separated.")] = "",
     again: Annotated[bool, typer.Option("--again", help="Measure cases that have a line again.")] = False,
     table_only: Annotated[bool, typer.Option("--table", help="Measure nothing; show the last device's lines.")] = False,
     results: Annotated[Path, typer.Option(help="File to which a line per case is appended.")] = RESULTS,
@@ -87,11 +90,14 @@ def main(
     else:
         with progress() as report:
             for done, (batch, sparsity, threads, inputs, baselines) in enumerate(CASES):
-                report("cases", done, len(CASES), f"batch {batch}, {sparsity:.0%} pruned, {threads} threads")
+                name = f"batch {batch}, {sparsity:.0%} pruned, {threads} threads, {inputs} input gradients"
+                if only not in name:
+                    continue
+                report("cases", done, len(CASES), name)
                 case = {"batch": batch, "threads": threads, "input_gradient": inputs}
                 if again or records.of(case | {"commit": at, "sparsity_asked": sparsity}) is None:
                     case |= {"sparsity": sparsity, "repeats": repeats}
-                    records.add(bench.training(**case, against=",".join(baselines)))
+                    records.add(bench.training(**case, against=only_baselines or ",".join(baselines)))
     console = Console(width=170)
     console.print(show(records))
 

@@ -93,6 +93,12 @@ def task(line: dict) -> str:
     return line.get("data.kind") or "word"
 
 
+def text_of(line: dict) -> str:
+    """The text, of which perplexities can be compared. That of characters differs between versions of Python, which
+    shows in its number of symbols."""
+    return f"{task(line)} {line.get('symbols', '')}" if task(line) == "character" else task(line)
+
+
 def units(line: dict) -> str:
     """The units of the layers in words."""
     return " and ".join(re.findall(r"\d+", str(line["model.hidden"])))
@@ -119,13 +125,13 @@ def by_seed(lines: Iterable[dict]) -> list[list[dict]]:
     """The lines of each way of training, one per seed."""
     groups: dict[tuple, dict[int, dict]] = {}
     for line in lines:
-        key = (task(line), line["model.cell"], line["training.epochs"], str(line["converted"]), *rule_of(line))
+        key = (text_of(line), line["model.cell"], line["training.epochs"], str(line["converted"]), *rule_of(line))
         groups.setdefault(key, {})[line["training.seed"]] = line
     return [list(group.values()) for group in groups.values()]
 
 
 def best_dense(lines: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """(task, cell, units, epochs) -> the lines of the noise with which that dense network reads best."""
+    """(text, cell, units, epochs) -> the lines of the noise with which that dense network reads best."""
     found: dict[tuple, list[dict]] = {}
     for group in by_seed(line for line in lines if line["pruning.method"] is None):
         key = size_of(group[0])
@@ -135,11 +141,11 @@ def best_dense(lines: Iterable[dict]) -> dict[tuple, list[dict]]:
 
 def size_of(line: dict) -> tuple:
     """The key of `best_dense`."""
-    return task(line), line["model.cell"], str(line["model.hidden"]), line["training.epochs"]
+    return text_of(line), line["model.cell"], str(line["model.hidden"]), line["training.epochs"]
 
 
 def best(fits: Callable[[dict], bool], dense_of: Callable[[dict], tuple] = size_of) -> dict[tuple[str, str], Pair]:
-    """(task, cell) -> the pair that counts, among the trained lines that fit.
+    """(text, cell) -> the pair that counts, among the trained lines that fit.
 
     dense_of : the key of the dense network that a line is compared with
     """
@@ -232,7 +238,7 @@ def larger_pruned() -> Finding | None:
 
     def smaller(line: dict) -> tuple | None:
         """The dense network with the weights of a pruned larger one."""
-        apart = (task(line), line["model.cell"], line["training.epochs"])
+        apart = (text_of(line), line["model.cell"], line["training.epochs"])
         for key, (first, *_) in dense.items():
             same = (*key[:2], key[3]) == apart and first["model.hidden"] != line["model.hidden"]
             if same and abs(of_layers(line) / of_layers(first) - 1) < 0.01:
@@ -248,7 +254,7 @@ def larger_pruned() -> Finding | None:
             text.append(f"{block} {pair.ratio - 1:+.1%}")
             verdicts.append(pair.verdict(1.0))
             used += pair.lines
-            beside = f"beside {units(pair.dense[0])} units with as many weights; {pair.where}"
+            beside = f"beside {units(pair.dense[0])} units with as many weights; {pair.where}{pair.doubt(1.0)}"
     if not text:
         return None
     return Finding(f"{', '.join(text)} {beside}", joined(verdicts), last(used))

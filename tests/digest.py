@@ -2,7 +2,8 @@
 
 The networks of `digest` have every format, storage and variant of the EGRU. They run with one drive and many, on one
 thread and two, with every kind of kernel, and in windows of training. `digest_of_cells_and_gates` adds GRU and LSTM
-cells, and blocks that every input chooses. Processes with kernels for different processors must print the same digests.
+cells, and blocks that every input chooses; `digest_of_integers` has products that are not exact. Processes with kernels
+for different processors must print the same digests.
 """
 
 from __future__ import annotations
@@ -99,6 +100,17 @@ def digest_of_cells_and_gates() -> str:
     return total.hexdigest()
 
 
+def digest_of_integers() -> str:
+    """SHA-256 of outputs, cells, events and final states of int8 blocks that are multiplied in integers."""
+    total, rng = hashlib.sha256(), np.random.default_rng(26)
+    for variant in CELLS["egru"]:
+        drawn = network(variant, "block", "int8", {"block": (1, 64)})
+        x = rng.standard_normal((6, 3, 21), dtype=np.float32)
+        for threads in (1, 2):
+            add(total, simulate(drawn, x, threads=threads, exact=False, record=("events", "states")))
+    return total.hexdigest()
+
+
 def plain_networks() -> Iterator[Network]:
     """Networks of GRU and LSTM cells, dense and pruned, of units that are and are not whole vectors."""
     rng = np.random.default_rng(24)
@@ -156,5 +168,5 @@ def windows() -> Iterator[dict[str, np.ndarray]]:
 
 
 if __name__ == "__main__":
-    found = {"digest": digest(), "cells_and_gates": digest_of_cells_and_gates(), "avx512": simd.AVX512}
-    sys.stdout.write(json.dumps(found))
+    digests = {"digest": digest(), "cells_and_gates": digest_of_cells_and_gates(), "integers": digest_of_integers()}
+    sys.stdout.write(json.dumps(digests | {"avx512": simd.AVX512}))

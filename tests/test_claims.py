@@ -91,6 +91,9 @@ def test_a_pruned_network_is_compared_with_the_dense_one_of_its_epochs(claims, m
     assert "+4.0% (lasso" in verdict(swept(), larger, good).figure, "a dense network of another size is no pair"
     letters = [line | {"data.kind": "character"} for line in (swept(perplexity=4.0), swept("lasso", 4.4, **pruned))]
     assert "+10.0% (lasso, DropConnect 0.1); GRU of 8 and 4 units, by characters" in verdict(*letters).figure
+    letters = [line | {"symbols": 96} for line in letters]
+    other = swept(perplexity=3.0, symbols=99, **{"data.kind": "character", "training.epochs": 50})
+    assert "(50:" not in verdict(*letters, other).figure, "Python's documentation is another text in another version"
     worse = [swept(**{"model.cell": "egru"}), swept("lasso", 110.0, **pruned | {"model.cell": "egru"})]
     found = verdict(swept(), good, *worse)
     assert "+4.0%" in found.figure and "+10.0% (lasso, DropConnect 0.1); EGRU" in found.figure

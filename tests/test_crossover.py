@@ -15,7 +15,7 @@ from eventrnn.cpu.crossover import ACTIVITY, AutoBackend, Crossover, ForcedPolic
 from eventrnn.cpu.engine import LONGEST_CHUNK, CpuEngine
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, KERNELS, TILED
 from eventrnn.network import Network
-from eventrnn.simulation import Simulator, simulate
+from eventrnn.simulation import simulate
 from eventrnn.testing import event_trains, networks
 from eventrnn.weights import Dense, convert
 from support.conformance import assert_same, cases
@@ -72,8 +72,6 @@ def test_inexact_auto_reports_where_it_used_blas():
     run = simulate(network, np.ones((3, 4, 30), np.float32), backend=backend)
     assert set(run.paths.values()) == {BLAS_PRODUCT}
     assert not run.exact
-    with pytest.raises(ValueError, match=r"exact: got False, but backend 'cpu' has exact paths only"):
-        Simulator(network, exact=False)
 
 
 def test_a_run_of_which_a_part_used_blas_is_not_exact(monkeypatch):

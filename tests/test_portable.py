@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from digest import digest, digest_of_cells_and_gates
+from digest import digest, digest_of_cells_and_gates, digest_of_integers
 from eventrnn.cpu.kernels import simd
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def others(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def here() -> dict[str, str]:
-    return {"digest": digest(), "cells_and_gates": digest_of_cells_and_gates()}
+    return {"digest": digest(), "cells_and_gates": digest_of_cells_and_gates(), "integers": digest_of_integers()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

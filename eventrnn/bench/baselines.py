@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from eventrnn.backend import INTEGERS
 from eventrnn.bench.c_blocks import BLOCK, BlockLoop, compiled
 from eventrnn.bench.networks import random_weights
 from eventrnn.bench.timing import Run
@@ -26,6 +27,7 @@ from eventrnn.cpu.blas import BlasEngine
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
 from eventrnn.network import Network
+from eventrnn.reference_products import rounding_step
 from eventrnn.simulation import simulate
 from eventrnn.state import State
 from eventrnn.weights import BlockCSR, Weights
@@ -51,6 +53,19 @@ def product_bound(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
     """
     size = np.abs(values).astype(np.float64) @ np.abs(weights).astype(np.float64)
     return 2 * gamma(max(len(weights), 1)) * size
+
+
+def rounding_bound(weights: BlockCSR, values: np.ndarray) -> np.ndarray:
+    """Largest difference (B, P) that rounding makes to a product in integers, beside `product_bound`.
+
+    It is half a step per value and code, with one unit more in the last place of the scaled value (J,).
+
+    values : (B, J)
+    """
+    bits, codes = weights.integer_bits(), np.abs(weights.codes()).astype(np.float64)
+    scaled = values * weights.scales
+    halves = np.array([rounding_step(row, bits) / 2 for row in scaled])[:, None] + 2 * U32 * np.abs(scaled)
+    return np.where(values != 0, halves, 0) @ codes
 
 
 # --- one product --------------------------------------------------------------------------------------------
@@ -264,6 +279,8 @@ class ProductBaselines:
                 got: Any = step(t)
                 theirs = got.toarray() if sp.issparse(got) else np.asarray(got)
                 bound = product_bound(dense, outputs[t]) + off(t)
+                if INTEGERS in ours.plan.kernel_by_matrix.values() and isinstance(ours.weights, BlockCSR):
+                    bound = bound + rounding_bound(ours.weights, outputs[t])
                 _need_close(name, theirs.reshape(len(theirs), -1)[:n_post].T, ours.result(t), bound)
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from eventrnn._checks import need_choice, need_flag, need_number, need_pair, need_text, need_whole
 from eventrnn.cells import CELLS
-from eventrnn.weights import FORMATS, STORAGES, check_nm
+from eventrnn.weights import FORMATS, INTEGER_COLUMNS, STORAGES, check_nm
 
 #: baselines of a whole layer or a stack of layers
 LAYER_BASELINES = ("torch", "torch-step", "blas")
@@ -37,7 +37,8 @@ class Case:
     dtype    : storage of the weights
     variant  : equations of the cell
     backend  : "cpu" or "cuda"
-    exact    : False lets "cuda" use tensor cores where it measures them to be faster
+    exact    : False lets "cuda" use tensor cores where it measures them to be faster, and "cpu" multiply int8 blocks in
+               integers
     threads  : threads of ours and of every baseline that can use them
     against  : baselines, separated by commas, of which the fastest counts. All of them from `LAYER_BASELINES`, which
                are timed beside a whole layer, or all from `PRODUCT_BASELINES`, which are timed beside one product with
@@ -107,8 +108,13 @@ class Case:
             if self.threads != 1:
                 raise ValueError(f"threads: got {self.threads}, but it is an option of the cpu backend; leave it out")
             return
-        if not self.exact:
-            raise ValueError("exact: got False, but only --backend cuda has inexact kernels here; see bench crossover")
+        if not self.exact and (self.dtype != "int8" or self.block is None or self.block[1] % INTEGER_COLUMNS):
+            raise ValueError(
+                f"exact: got False, but a CPU multiplies only int8 weights in blocks of {INTEGER_COLUMNS} columns, or "
+                f"a multiple of them, in integers; got {self.dtype} in format {self.format!r}"
+                + (f" of {self.block[0]}x{self.block[1]}" if self.block else "")
+                + "; give --dtype int8 and such blocks, or leave it out"
+            )
         if self.against == "none":
             return
         for baseline in self.baselines:

@@ -17,7 +17,8 @@ from eventrnn.bench.machine import device, limited, peak, versions
 from eventrnn.bench.networks import prepare_network, random_events, random_weights
 from eventrnn.bench.timing import PreparedCase
 from eventrnn.counting.counts import Counts, count
-from eventrnn.cpu.engine import CpuEngine
+from eventrnn.cpu.engine import CpuBackend, CpuEngine
+from eventrnn.cpu.plan import KernelPolicy
 from eventrnn.cpu.single_product import Product
 from eventrnn.state import State
 
@@ -50,15 +51,18 @@ def inference(*, report: Report = lambda stage: None, **case: Any) -> dict:
 
 def _layer(case: Case, report: Report) -> PreparedCase:
     """A whole stack of layers."""
-    prepared = prepare_network(case, "cpu", report)
+    backend = CpuBackend(case.exact)
+    prepared = prepare_network(case, backend, report)
     network, inputs, simulation = prepared.network, prepared.inputs, prepared.simulation
     counts = count(network, simulation)
-    engine, state = CpuEngine(network, case.threads), State.zeros(network, case.batch)
+    engine, state = backend.engine(network, threads=case.threads), State.zeros(network, case.batch)
     run_inputs = engine.prepare(inputs)
-    reads, baselines = rows_read(engine, network, simulation), LayerBaselines.of(case.baselines, network, inputs)
+    # The probe reads rows as the exact kernels do, the same bytes of them.
+    probed = engine if case.exact else CpuEngine(network, case.threads)
+    reads, baselines = rows_read(probed, network, simulation), LayerBaselines.of(case.baselines, network, inputs)
     return PreparedCase(
         ours=lambda: engine.run(run_inputs, state),
-        probes=probes(engine.plan(case.steps, case.batch), reads),
+        probes=probes(probed.plan(case.steps, case.batch), reads),
         baselines=baselines.runs,
         check=baselines.check,
         counts=counts.total,
@@ -85,17 +89,18 @@ def _product(case: Case, report: Report) -> PreparedCase:
     events = random_events(case.steps, case.batch, case.hidden, case.activity, rng)
     report("compiling")
     started = time.perf_counter()
-    ours = Product(weights, events, case.threads)
+    ours = Product(weights, events, case.threads, KernelPolicy(case.exact))
     ours.run()
     compile_seconds = time.perf_counter() - started
-    reads, baselines = product_reads(ours), ProductBaselines.of(case.baselines, ours)
+    probed = ours if case.exact else Product(weights, events, case.threads)
+    reads, baselines = product_reads(probed), ProductBaselines.of(case.baselines, ours)
     rows = case.steps * case.batch
     sent = np.bincount(events.indices, minlength=case.hidden)
     graded = np.bincount(events.indices[events.graded], minlength=case.hidden)
     fan_out, effective = weights.fan_out(), int(sent @ weights.fan_out())
     return PreparedCase(
         ours=ours.run,
-        probes=probes(ours.plan, reads),
+        probes=probes(probed.plan, reads),
         baselines=baselines.runs,
         check=baselines.check,
         counts=Counts(

@@ -22,13 +22,14 @@ import numpy as np
 
 from eventrnn._exclusive import Use
 from eventrnn._files import cache_folder, write_whole
+from eventrnn.backend import INTEGERS
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernel_cache import source_digest
 from eventrnn.cpu.packing import is_single
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy, shares_blocks
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
-from eventrnn.weights import BlockCSR, Dense, GatedBlocks, Weights, convert
+from eventrnn.weights import BlockCSR, Dense, GatedBlocks, Weights, convert, takes_integers
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -137,9 +138,11 @@ def _line(x: float, at, values) -> float:
 
 
 class MeasuredPolicy(KernelPolicy):
-    """Selects the kernel with the lowest predicted time. `may_blas` admits BLAS, which is not exact."""
+    """Selects the kernel with the lowest predicted time. `may_blas` admits BLAS, and selects INTEGERS where it can;
+    both are not exact."""
 
     def __init__(self, crossover: Crossover, may_blas: bool):
+        super().__init__(exact=not may_blas)
         self.crossover, self.may_blas = crossover, may_blas
 
     def predicted(self, weights: Weights, rows: int, activity: float) -> dict[str, float]:
@@ -167,6 +170,8 @@ class MeasuredPolicy(KernelPolicy):
         if isinstance(weights, GatedBlocks):
             # There is one kernel for them.
             return FORMAT
+        if not self.exact and takes_integers(weights):
+            return INTEGERS
         found = self.predicted(weights, rows, activity)
         best = min(found, key=lambda name: found[name])
         if found[best] < MAX_RELATIVE_TIME * found[FORMAT]:
@@ -179,7 +184,7 @@ class MeasuredPolicy(KernelPolicy):
 
 
 class AutoBackend:
-    """The CPU engine with measured kernel selection. `exact=False` admits BLAS.
+    """The CPU engine with measured kernel selection. `exact=False` admits BLAS and, as for `CpuBackend`, integers.
 
     crossover : a map; by default the one in the user's cache, which is measured first if there is none (a minute)
     """

@@ -21,7 +21,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from eventrnn._exclusive import Use, exclusive
-from eventrnn.backend import HostInputs, merged_paths, step_array
+from eventrnn.backend import HostInputs, integer_matrices, merged_paths, step_array
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.products import product_address, update_addresses
 from eventrnn.cpu.kernels.silence import LINE
@@ -75,14 +75,25 @@ MOST_THREADS = 64
 
 
 class CpuBackend:
-    """Numba kernels on the cores of this machine; the exact tier."""
+    """Numba kernels on the cores of this machine.
+
+    exact : False multiplies the int8 blocks that `takes_integers` admits in integers (`kernels/integer_products.py`);
+            everything else stays exact
+    """
 
     name = "cpu"
-    exact = True
+
+    def __init__(self, exact: bool = True):
+        self.exact = exact
 
     def engine(self, network: Network, *, threads: int = 1) -> CpuEngine:
-        """An engine for a network. The first run packs the weights: one pass over them, and as much memory again."""
-        return CpuEngine(network, threads)
+        """An engine for a network. The first run packs the weights: one pass over them, and as much memory again.
+
+        Raises ValueError for `exact=False` where no matrix of the network would be multiplied in integers.
+        """
+        if not self.exact:
+            integer_matrices(network)
+        return CpuEngine(network, threads, KernelPolicy(self.exact))
 
 
 class CpuEngine:

@@ -19,6 +19,7 @@ lie.
     BLOCKS         block segments of `WIDTH` columns, by unit   columns, shared by the      per unit: first and last
                                                                 units of a block row        index, first segment
     FEW_BLOCKS     as BLOCKS, for few narrow segments per unit
+    INTEGER_BLOCKS segments of 64 columns, by column and then by unit, for integer sums: `integer_products.py`
     GATED          pieces of blocks, one after the other    -                           the header of `tables.py`,
                                                                                         then the pieces
 
@@ -49,9 +50,13 @@ from eventrnn.cpu.tables import (
     GATED,
     GATED_HEADER,
     GATED_PIECE,
+    GROUP_FIELDS,
+    GROUP_SEGMENTS,
     IN_PLACE,
     INT8,
+    INTEGER_BLOCKS,
     MASKED,
+    RANGE_UNITS,
     ROW_TILE,
     ROW_TILES,
     ROWS,
@@ -59,6 +64,8 @@ from eventrnn.cpu.tables import (
     SEGMENT_WIDTHS,
     SINGLE_TILES,
     SMALL_PANEL_BITS,
+    STRIP_FIELDS,
+    STRIP_GROUP,
 )
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, GatedBlocks, Weights
 
@@ -176,7 +183,8 @@ def pack(
 
     segments   : columns to pack, ascending, side by side in a drive row
     dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES, BLAS or, for float32, IN_PLACE. With ROW_TILES
-                 single weights get SINGLE_TILES, and block segments get several tiles of kind BLOCKS or FEW_BLOCKS
+                 single weights get SINGLE_TILES, and block segments get several tiles of kind BLOCKS or FEW_BLOCKS.
+                 INTEGER_BLOCKS for block segments that `takes_integers` admits
     dense_activity_threshold : activity from which ROW_TILES visit every unit
     held       : of gated blocks, the fields from PERIOD on (`HeldLayout.header`)
     """
@@ -199,7 +207,8 @@ def pack(
         segments_padded = [*segments[:-1], Segment(last.start, padded, last.position)]
         return _pack_single(pools, entries.placed(segments_padded), weights, segments)
     groups = _column_groups(weights, segments) if dense_kind == ROW_TILES else [segments]
-    return [row for group in groups for row in _pack_blocks(pools, entries.placed(group), weights, group)]
+    pack_blocks = _pack_integer_blocks if dense_kind == INTEGER_BLOCKS else _pack_blocks
+    return [pack_blocks(pools, entries.placed(group), weights, group) for group in groups]
 
 
 def check_format(name: str, weights: Weights) -> None:
@@ -396,8 +405,8 @@ def _pack_single_tiles(
     ] or [empty_column_tile()]
 
 
-def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:
-    """Block segments of some neighbouring columns, as one column tile of kind BLOCKS or FEW_BLOCKS."""
+def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[int]:
+    """Block segments of some neighbouring columns, as a column tile of kind BLOCKS or FEW_BLOCKS."""
     first = _pointers(entries.unit, weights.shape[0])
     # The units of a block row share their columns, so the index of the first unit serves all.
     leaders = entries.unit % entries.rows == 0
@@ -411,7 +420,48 @@ def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segme
     far = int(entries.values.nbytes >= PREFETCHED_BYTES)
     few = entries.width <= NARROW_SEGMENT and len(entries.unit) < FEW_SEGMENTS * len(unit)
     kind = FEW_BLOCKS if few else BLOCKS
-    return [[kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, far, scales, 0, 0]]
+    return [kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, far, scales, 0, 0]
+
+
+def _pack_integer_blocks(
+    pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]
+) -> list[int]:
+    """Block segments of some neighbouring columns, as a column tile of kind INTEGER_BLOCKS."""
+    order = np.lexsort((entries.unit, entries.column))
+    unit, column, values = entries.unit[order].astype(np.int64), entries.column[order], entries.values[order]
+    low, high = _bounds(segments)
+    positions = np.arange(low, high, entries.width)
+    whole = bool(((column - low) % entries.width == 0).all())
+    if not whole:
+        positions = np.unique(column)
+    base = np.searchsorted(column, positions)
+    strip = np.searchsorted(positions, column)
+    within = np.arange(len(unit)) - base[strip]
+    # A group begins with a strip, with a range of units, and after 64 segments of a range.
+    ranges = strip * ceil_div(weights.shape[0], RANGE_UNITS) + unit // RANGE_UNITS
+    _, range_begin, number = np.unique(ranges, return_index=True, return_inverse=True)
+    lane = (np.arange(len(unit)) - range_begin[number]) % GROUP_SEGMENTS
+    heads = np.flatnonzero(lane == 0)
+    group = np.cumsum(lane == 0) - 1
+    tests = np.zeros((len(heads), 2, GROUP_SEGMENTS), np.uint8)
+    tests[group, 0, lane], tests[group, 1, lane] = unit % RANGE_UNITS // 8, 1 << unit % 8
+    strips = np.zeros((len(positions) + 1, STRIP_FIELDS), np.int64)
+    strips[:-1, :] = np.stack([positions, np.searchsorted(strip[heads], np.arange(len(positions))), base], axis=1)
+    strips[-1, STRIP_GROUP] = len(heads)
+    groups = np.zeros((len(heads) + 1, GROUP_FIELDS), np.int64)
+    groups[1:, 0] = unit[heads] // RANGE_UNITS * (RANGE_UNITS // 8)
+    groups[1:, 1], groups[1:, 2] = within[heads], np.diff(np.append(heads, len(unit)))
+    fired = ceil_div(weights.shape[0], RANGE_UNITS) * (RANGE_UNITS // 64)
+    # Of the list of the strip after the last one, the kernel reads as many numbers as the last one has.
+    space = fired + ceil_div(len(unit) + int(within.max(initial=0)) + 1 + GROUP_SEGMENTS, 4)
+    at = pools.add_pointers(np.concatenate([strips.ravel(), groups.ravel(), np.zeros(space, np.int64)]))
+    index_at = pools.add_index(unit.astype(np.uint16))
+    values_at = pools.add_values(np.concatenate([tests.ravel().view(np.int8), values.ravel()]))
+    scales = _scales(pools, weights)
+    return [
+        *(INTEGER_BLOCKS, _storage(weights), *_bounds(segments), values_at, index_at, at),
+        *(weights.integer_bits(), len(positions), scales, int(whole), 0),
+    ]
 
 
 def _column_groups(weights: BlockCSR, segments: list[Segment]) -> list[list[Segment]]:

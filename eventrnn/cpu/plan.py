@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eventrnn._integers import ceil_div, round_up
+from eventrnn.backend import INTEGERS
 from eventrnn.cpu.held_gates import HeldLayout
 from eventrnn.cpu.kernels.row_products import LISTED_SEGMENTS
 from eventrnn.cpu.kernels.simd import LANES
@@ -34,6 +35,7 @@ from eventrnn.cpu.tables import (
     GATED_ROWS,
     HIGH,
     IN_PLACE,
+    INTEGER_BLOCKS,
     KERNEL,
     KIND,
     LOW,
@@ -48,7 +50,7 @@ from eventrnn.cpu.tables import (
     Workspace,
 )
 from eventrnn.state import gates_not_finite
-from eventrnn.weights import BlockCSR, Dense, MatrixId, Weights
+from eventrnn.weights import BlockCSR, Dense, MatrixId, Weights, takes_integers
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -91,12 +93,20 @@ def shares_blocks(weights: Weights, rows: int, activity: float) -> bool:
 
 
 class KernelPolicy:
-    """Selects the kernel of a product by rules of thumb, among exact ones; `crossover.MeasuredPolicy` measures."""
+    """Selects the kernel of a product by rules of thumb; `crossover.MeasuredPolicy` measures.
+
+    exact : False selects INTEGERS where it can
+    """
 
     may_blas = False
 
+    def __init__(self, exact: bool = True):
+        self.exact = exact
+
     def select_kernel(self, weights: Weights, rows: int, activity: float) -> str:
-        """One of `KERNELS`, for `rows` drive rows; `activity` is the number of events per presynaptic unit and row."""
+        """One of `KERNELS`, or INTEGERS, for `rows` drive rows; `activity`: events per presynaptic unit and row."""
+        if not self.exact and takes_integers(weights):
+            return INTEGERS
         if isinstance(weights, Dense):
             return TILED if rows * activity >= SHARED_EVENTS else FORMAT
         shares = shares_single if is_single(weights) else shares_blocks
@@ -187,7 +197,7 @@ class Plan:
 
     Attributes
     ----------
-    kernel_by_matrix : name of a matrix -> one of `KERNELS`, or `LOOK_UP`
+    kernel_by_matrix : name of a matrix -> one of `KERNELS`, `LOOK_UP` or `INTEGERS`
     layers           : (layers, 12) int64, the table of layers
     column_tiles     : (n_threads, tiles, FIELDS) int64, the table of column tiles
     pools            : the packed weights
@@ -240,7 +250,13 @@ class Plan:
         is_dense = isinstance(weights, Dense)
         if kernel == BLAS_PRODUCT or (kernel in (DENSIFIED, DENSIFIED_TILED) and not is_dense):
             weights = Dense(weights.to_dense())
-        kinds = {TILED: ROW_TILES, DENSIFIED_TILED: ROW_TILES, BLAS_PRODUCT: BLAS, LOOK_UP: IN_PLACE}
+        kinds = {
+            TILED: ROW_TILES,
+            DENSIFIED_TILED: ROW_TILES,
+            BLAS_PRODUCT: BLAS,
+            LOOK_UP: IN_PLACE,
+            INTEGERS: INTEGER_BLOCKS,
+        }
         kind = kinds.get(kernel, ROWS)
         shares = [self.layout.segments(layer, thread, first_gate, last_gate) for thread in range(self.n_threads)]
         held = self.layout.held.header(name)

@@ -23,18 +23,19 @@ import numpy as np
 #   VALUES      offset of the weights in `WeightPools.values`, in float32; IN_PLACE: in the network's own array
 #   INDEX       offset in `WeightPools.index`, in int32
 #   POINTERS    offset in `WeightPools.pointers`; IN_PLACE: address of the network's own array
-#   WIDTH       columns per row, or per block segment
+#   WIDTH       columns per row, or per block segment; INTEGER_BLOCKS: bits of a rounded value without its sign
 #   PITCH       weights from one row to the next; MASKED: mask words per unit; SINGLE_TILES: columns of a panel;
-#               BLOCKS: 1 where each event prefetches weights of the next one, else 0
+#               BLOCKS: 1 where each event prefetches weights of the next one, else 0; INTEGER_BLOCKS: strips
 #   SCALES      offset of the scales of int8 weights in `WeightPools.values`
-#   DENSE_FROM  ROW_TILES: active units per drive row from which the product visits every unit
+#   DENSE_FROM  ROW_TILES: active units per drive row from which the product visits every unit; INTEGER_BLOCKS: 1 where
+#               the strips are all columns of the tile, side by side
 #   KERNEL      address of the kernel for the kind and the storage (`kernels/products.py`); 0 without columns
 KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_FROM, KERNEL = range(12)
 
 FIELDS = 12
 
 #: kinds of column tiles; `packing.py` describes their layouts
-ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, FEW_BLOCKS, BLAS, GATED, IN_PLACE = range(10)
+ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, FEW_BLOCKS, BLAS, GATED, IN_PLACE, INTEGER_BLOCKS = range(11)
 
 # Columns of a tile of kind ROW_TILES or SINGLE_TILES: 64 drive rows of such a tile fit the L1 cache beside the weights
 # that pass through.
@@ -92,6 +93,19 @@ GATED_PIECE = 256
 
 # Drive rows that a product with gated blocks computes together, so that they share the weights they read.
 GATED_ROWS = 64
+
+# A tile of kind INTEGER_BLOCKS (`kernels/integer_products.py`) has a table of strips, and one of groups of segments.
+#   STRIP_POSITION  position in a drive row
+#   STRIP_GROUP     number of its first group, from 0
+#   STRIP_BASE      number of its first segment
+# A group has, in this order, the byte where the bits of its range of units begin; the number within its strip of its
+# first segment; the number of its segments; and where its list of segments ends, which the kernel writes.
+STRIP_POSITION, STRIP_GROUP, STRIP_BASE = range(3)
+
+STRIP_FIELDS, GROUP_FIELDS = 3, 4
+
+# Units of a range, and segments of a group, at most.
+RANGE_UNITS, GROUP_SEGMENTS = 512, 64
 
 #: storages of weights
 FLOAT32, BFLOAT16, INT8 = range(3)

@@ -20,8 +20,10 @@ import numpy as np
 from eventrnn._checks import need_choice, need_pair
 from eventrnn.weights.base import Weights as Weights
 from eventrnn.weights.base import finite_matrix
+from eventrnn.weights.block import INTEGER_COLUMNS as INTEGER_COLUMNS
 from eventrnn.weights.block import BlockCSR as BlockCSR
 from eventrnn.weights.block import check_block as check_block
+from eventrnn.weights.block import takes_integers as takes_integers
 from eventrnn.weights.csr import CSR as CSR
 from eventrnn.weights.dense import Dense as Dense
 from eventrnn.weights.gated import GATE_RULES as GATE_RULES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,6 +21,9 @@ from eventrnn.weights.base import (
     row_pointers,
     shape_of,
 )
+
+#: Columns of block segments whose products can be made in integers, and the most units of such a matrix.
+INTEGER_COLUMNS, MOST_INTEGER_UNITS = 64, 1 << 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,6 +177,19 @@ class BlockCSR(Weights):
     def kept(self) -> np.ndarray:
         return self._spread_out(np.True_)
 
+    def codes(self) -> np.ndarray:
+        """The codes of int8 weights as a new (n_pre, n_post) array; zero where none is stored."""
+        return self._spread_out(self.values.reshape(-1, self.block[1]))
+
+    def integer_bits(self) -> int:
+        """Bits without the sign of the integers that int8 weights are multiplied with, so that no sum exceeds 31 bits.
+
+        At most 14, which instructions for 16 bits take. A code has 7, and an output adds as many products as it has
+        codes that are not zero. O(size of the matrix).
+        """
+        most = int(np.count_nonzero(self.codes(), axis=0).max(initial=0))
+        return min(14, 24 - most.bit_length())
+
     def _spread_out(self, segments: np.ndarray | np.bool_) -> np.ndarray:
         """A matrix (n_pre, n_post) that holds the segments, or one value for all of them, and else zeros."""
         (n_pre, n_post), (r, c) = self.shape, self.block
@@ -235,6 +251,16 @@ class BlockCSR(Weights):
         # The units of the padding take the scale of the last unit; their weights are zero, so it has no effect.
         unit = np.minimum(np.arange(len(blocks) * r), max(self.shape[0] - 1, 0))
         return np.repeat(per_unit[unit], np.repeat(blocks * c, r))
+
+
+def takes_integers(weights: Weights) -> TypeGuard[BlockCSR]:
+    """Whether the products of a matrix can be made in integers (`reference_products.propagate_integers`).
+
+    It has int8 weights in blocks of 64 columns, or a multiple of them. Integer sums of narrower blocks take longer than
+    exact ones: their segments are listed output by output, and each has a part of a vector.
+    """
+    blocks = isinstance(weights, BlockCSR) and weights.storage == "int8" and weights.block[1] % INTEGER_COLUMNS == 0
+    return blocks and weights.shape[0] <= MOST_INTEGER_UNITS
 
 
 def check_block(block: tuple[int, int], shape: tuple[int, ...], name: str | None = None) -> None:

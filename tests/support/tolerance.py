@@ -156,6 +156,24 @@ def drive_bound(weights: np.ndarray, values: np.ndarray, bias: np.ndarray, u: fl
     return (gamma(n, u) + 2 * gamma(n, U64)) * size
 
 
+def integer_bound(codes: np.ndarray, scales: np.ndarray, values: np.ndarray, bias: np.ndarray, bits: int) -> np.ndarray:
+    """Bound on the difference of a drive in integers (`reference_products.propagate_integers`) from the exact tier's.
+
+    A scaled value x = value * scale is rounded once, by u |x|, and then to half a step. The step is a power of two:
+    with m the largest |x|, 2^bits steps exceed m and 2^bits / 2 steps do not, or the step is 2^-126. The sum is exact;
+    its conversion and the FMA round once each. The exact tier decodes a weight with one rounding and then sums
+    (`drive_bound`). TINY32 bounds what underflows in any of these.
+
+    codes (J, P) int8, scales (J,), values (B, J), bias (P,) -> (B, P)
+    """
+    scaled, size = np.abs(values).astype(np.float64) * scales, np.abs(codes).astype(np.float64)
+    step = np.maximum(scaled.max(axis=1, initial=0, keepdims=True) * (1 + U32) * 2.0 ** (1 - bits), TINY32)
+    rounded = np.where(scaled > 0, step / 2, 0) @ size
+    decoded = codes.astype(np.float64) * scales[:, None]
+    terms = np.abs(bias) + scaled @ size + rounded
+    return rounded + drive_bound(decoded, values, bias) + gamma(4, U32) * terms + TINY32 * (1 + size.sum(axis=0))
+
+
 @dataclass(frozen=True)
 class Running:
     """A value known in float64 and a bound on the error of its float32 twin (running error analysis, Higham 3.3).

@@ -55,16 +55,18 @@ def for_each(builder, stop, body, start=None, step: int = 1, unrolled: bool = Tr
     k.add_incoming(following, builder.block)
     branch = builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
     if not unrolled:
-        branch.set_metadata("llvm.loop", _never_unrolled(builder.module))
+        never_unrolled(builder, branch)
     builder.position_at_end(done)
 
 
-def _never_unrolled(module):
-    """The metadata of a loop that LLVM leaves as it is. Its first operand is the node itself, as LLVM demands."""
+def never_unrolled(builder, branch):
+    """Make LLVM leave the loop as it is that this branch repeats."""
+    module = builder.module
     hint = module.add_metadata(["llvm.loop.unroll.disable"])
     node = ir.values.MDValue(module, [], name=str(len(module.metadata)))
+    # LLVM demands that the first operand is the node itself.
     node.operands = (node, hint)
-    return node
+    branch.set_metadata("llvm.loop", node)
 
 
 def for_each_vector(builder, count, body):

@@ -22,6 +22,7 @@ from eventrnn.cpu.kernels.cell_update import (
     update_paper,
 )
 from eventrnn.cpu.kernels.gated_products import by_gates
+from eventrnn.cpu.kernels.integer_products import product_in_integers
 from eventrnn.cpu.kernels.jit import allocating_by_address, called_by_address
 from eventrnn.cpu.kernels.row_products import (
     add_blocks,
@@ -51,6 +52,7 @@ from eventrnn.cpu.tables import (
     HIGH,
     IN_PLACE,
     INT8,
+    INTEGER_BLOCKS,
     LOW,
     MASKED,
     PITCH,
@@ -171,6 +173,8 @@ def _product(kind: int, storage: int):
         return product_by_blas
     if kind == IN_PLACE:
         return product_in_place
+    if kind == INTEGER_BLOCKS:
+        return product_in_integers
     if kind == GATED:
         return by_gates(_DTYPES[storage])
     if kind == SINGLE_TILES:

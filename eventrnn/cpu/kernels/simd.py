@@ -30,17 +30,20 @@ LANES = 16
 FLOAT, I1, I16, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
-def _has_avx512() -> bool:
-    """Whether kernels may use the 32 registers of 16 lanes of AVX-512, its gathers, scatters and masks."""
+def may_use(feature: str) -> bool:
+    """Whether kernels may use the instructions that LLVM calls by this name, such as "avx512f".
+
+    With `EVENTRNN_VECTORS=portable` in the environment they use none, and the kernels for other processors are made.
+    """
     if os.environ.get("EVENTRNN_VECTORS") == "portable":
         return False
     if config.CPU_NAME:
-        return "+avx512f" in (config.CPU_FEATURES or "")
-    return bool(llvm.get_host_cpu_features().get("avx512f", False))
+        return f"+{feature}" in (config.CPU_FEATURES or "")
+    return bool(llvm.get_host_cpu_features().get(feature, False))
 
 
-#: Chosen at import. With `EVENTRNN_VECTORS=portable` in the environment, the kernels for other processors are used.
-AVX512 = _has_avx512()
+#: Whether kernels may use the 32 registers of 16 lanes of AVX-512, its gathers, scatters and masks. Chosen at import.
+AVX512 = may_use("avx512f")
 
 VECTOR = ir.VectorType(FLOAT, LANES)
 
@@ -304,7 +307,10 @@ def load_some(typingctx, array, index, count):
         nothing = ir.Constant(VECTOR, [0.0] * LANES)
         pointer = builder.bitcast(pointer, VECTOR.as_pointer())
         return call(
-            builder, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, [pointer, I32(4), _first(builder, args[2]), nothing]
+            builder,
+            f"llvm.masked.load.v{LANES}f32.p0",
+            VECTOR,
+            [pointer, I32(4), first_lanes(builder, args[2]), nothing],
         )
 
     return lanes(array, index, count), generate
@@ -317,14 +323,14 @@ def store_some(typingctx, array, index, count, vector):
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], *args[:2])
         pointer = builder.bitcast(pointer, VECTOR.as_pointer())
-        values = [args[3], pointer, I32(4), _first(builder, args[2])]
+        values = [args[3], pointer, I32(4), first_lanes(builder, args[2])]
         call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), values)
         return context.get_dummy_value()
 
     return types.void(array, index, count, vector), generate
 
 
-def _first(builder, count):
+def first_lanes(builder, count):
     """The mask of the first `count` lanes."""
     whole = ir.VectorType(I32, LANES)
     undefined = ir.Constant(whole, ir.Undefined)
