@@ -6,6 +6,7 @@ Every test compiles one small kernel of the package, with a cache in a folder of
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import io
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from numba import types
 
+from eventrnn import _kernel_files as kernel_files
 from eventrnn.cpu import kernel_cache
 from eventrnn.cpu.kernels import jit, sync
 
@@ -27,7 +29,7 @@ from eventrnn.cpu.kernels import jit, sync
 def folder(tmp_path, monkeypatch) -> Path:
     """An empty cache. Every warning of the cache may be given again, and is an error unless a test expects it."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "kernels"))
-    kernel_cache._warn.cache_clear()
+    kernel_files.warn.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield tmp_path / "kernels"
@@ -79,7 +81,7 @@ def test_damaged_file_is_compiled_again_and_replaced(folder, damage):
 def test_whole_file_of_something_else_is_compiled_again(folder):
     used(process())
     (file,) = files(folder)
-    kernel_cache._write(file, kernel_cache.hashlib.sha256(b"no pickle").digest() + b"no pickle")
+    kernel_files.write(file, hashlib.sha256(b"no pickle").digest() + b"no pickle")
     assert [used(process()), used(process())] == [1, 0]
 
 
@@ -115,14 +117,14 @@ def test_full_disk_leaves_no_file(folder, monkeypatch):
 def without_place_beside_the_source(monkeypatch) -> None:
     """As in an installation that is read-only; Numba's own setting is not given."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    write = kernel_cache._write
+    write = kernel_files.write
 
     def refusing(target, raw):
         if "__pycache__" in target.parts:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         write(target, raw)
 
-    monkeypatch.setattr(kernel_cache, "_write", refusing)
+    monkeypatch.setattr(kernel_files, "write", refusing)
     # A kernel that lies there from an earlier run is of another version.
     monkeypatch.setattr(kernel_cache, "source_digest", lambda module: "read-only")
 
@@ -179,20 +181,29 @@ def test_function_within_a_function_is_kept_by_what_it_encloses(folder):
         made([1])(5)
 
 
-def test_source_of_a_kernel_is_all_it_imports():
-    packages = ["eventrnn.cpu.kernels", "eventrnn.training.bptt.kernels", "eventrnn.training.kernels"]
-    packages += ["eventrnn.pruning.kernels", "eventrnn.bench.kernels"]
+def check_sources(*packages):
+    """Check that the files which decide over a kernel that was kept are all that the modules of packages import."""
     for package in map(importlib.import_module, packages):
         for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             module = importlib.import_module(found.name)
-            within = kernel_cache._imported(found.name)
+            within = kernel_files._imported(found.name)
             for value in vars(module).values():
                 # Modules, and functions and classes of other modules; a kernel is a function too.
                 name = value.__name__ if isinstance(value, type(sys)) else getattr(value, "__module__", None)
-                if str(name).startswith("eventrnn.") and name != kernel_cache.__name__:
+                if str(name).startswith("eventrnn.") and name not in kernel_files.KEEPERS:
                     assert name in within, f"{found.name} uses {name}"
             assert not {each for each in within if each.startswith(("eventrnn.cli", "eventrnn.io"))}
             assert found.name in within
+
+
+def test_source_of_a_kernel_is_all_it_imports():
+    check_sources(
+        "eventrnn.cpu.kernels",
+        "eventrnn.training.bptt.kernels",
+        "eventrnn.training.kernels",
+        "eventrnn.pruning.kernels",
+        "eventrnn.bench.kernels",
+    )
 
 
 def test_compiling_is_said_on_a_terminal_only(monkeypatch):

@@ -22,9 +22,9 @@ import numpy as np
 
 from eventrnn._exclusive import Use
 from eventrnn._files import cache_folder, write_whole
+from eventrnn._kernel_files import source_digest
 from eventrnn.backend import INTEGERS
 from eventrnn.cpu.engine import CpuEngine
-from eventrnn.cpu.kernel_cache import source_digest
 from eventrnn.cpu.packing import is_single
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy, shares_blocks
 from eventrnn.cpu.single_product import Product

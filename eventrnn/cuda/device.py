@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn.backend import BackendUnavailable
+from eventrnn.cuda.kept_ptx import ptx_of
 from eventrnn.cuda.transfer import LARGE, StagedCopier
 
 # The remedy that error messages name.
@@ -34,7 +35,9 @@ try:
         from numba.cuda import compiler as _compiler
         from numba.cuda import dispatcher as _dispatcher
         from numba.cuda import libdevice
+        from numba.cuda.cuda_paths import get_cuda_paths
         from numba.cuda.extending import intrinsic
+        from numba_cuda import __version__ as numba_cuda_version
 except ImportError as error:
     raise BackendUnavailable(f"cuda: {error}; {INSTALL}") from None
 
@@ -96,6 +99,14 @@ def compile_ptx(kernel: Callable[..., None], signature, architecture: tuple[int,
     return ptx
 
 
+@cache
+def compiler_version() -> tuple[str, str, int, int]:
+    """What PTX depends on beside Numba: the version of numba-cuda, and libNVVM by its path, size and time."""
+    library = str(get_cuda_paths()["nvvm"].info)
+    found = os.stat(library)
+    return numba_cuda_version, library, found.st_size, found.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class _ForeignStream:
     """A stream of another library, in the protocol that CuPy accepts."""
@@ -152,7 +163,14 @@ class Device:
         key = (*key, threads)
         if key not in self._kernels:
             function, signature = make()
-            ptx = compile_ptx(function, signature, self.architecture, threads)
+            # A factory may ask the device, whose answers are no part of the key.
+            made_for = key, str(signature), self.architecture, self.name, self.multiprocessors, self.shared_bytes
+            ptx = ptx_of(
+                function,
+                made_for,
+                compiler_version(),
+                lambda: compile_ptx(function, signature, self.architecture, threads),
+            )
             name = next(line for line in ptx.splitlines() if ".entry" in line).split()[2].rstrip("(")
             code = ObjectCode.from_ptx(ptx.encode())
             self._kernels[key] = (code.get_kernel(name), code)
