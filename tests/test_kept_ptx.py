@@ -12,6 +12,7 @@ import pytest
 from eventrnn import _kernel_files as kernel_files
 from eventrnn.cuda import kept_ptx
 from support.ptx import compiler
+from support.sources import check_sources
 
 HOPPER, COMPILER = (9, 0), ("0.30.4", "libnvvm.so", 1, 2)
 
@@ -121,6 +122,4 @@ def test_ptx_that_was_kept_is_what_the_compiler_returns(folder):
 
 def test_source_of_a_kernel_is_all_it_imports():
     compiler()
-    from test_kernel_cache import check_sources
-
     check_sources("eventrnn.cuda.kernels", "eventrnn.cuda.training.kernels")

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import io
 import os
-import pkgutil
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +21,7 @@ from numba import types
 from eventrnn import _kernel_files as kernel_files
 from eventrnn.cpu import kernel_cache
 from eventrnn.cpu.kernels import jit, sync
+from support.sources import check_sources
 
 
 @pytest.fixture(autouse=True)
@@ -179,21 +178,6 @@ def test_function_within_a_function_is_kept_by_what_it_encloses(folder):
     assert len(files(folder)) == 2
     with pytest.raises(TypeError, match="may enclose numbers"):
         made([1])(5)
-
-
-def check_sources(*packages):
-    """Check that the files which decide over a kernel that was kept are all that the modules of packages import."""
-    for package in map(importlib.import_module, packages):
-        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            module = importlib.import_module(found.name)
-            within = kernel_files._imported(found.name)
-            for value in vars(module).values():
-                # Modules, and functions and classes of other modules; a kernel is a function too.
-                name = value.__name__ if isinstance(value, type(sys)) else getattr(value, "__module__", None)
-                if str(name).startswith("eventrnn.") and name not in kernel_files.KEEPERS:
-                    assert name in within, f"{found.name} uses {name}"
-            assert not {each for each in within if each.startswith(("eventrnn.cli", "eventrnn.io"))}
-            assert found.name in within
 
 
 def test_source_of_a_kernel_is_all_it_imports():
