@@ -173,6 +173,10 @@ def test_every_training_case_gets_one_line_per_commit(monkeypatch, tmp_path):
     assert run().stdout.count("1.0% of dense") == len(module.CASES) and len(asked) == len(module.CASES)
     assert run("--table").stdout.count("2.00") == sum(len(baselines) for *_, baselines in module.CASES)
     assert run("--again").exit_code == 0 and len(asked) == 2 * len(module.CASES)
+    found = run("--again", "--only", "batch 80, 90% pruned, 1 threads", "--baselines", "torch-loop")
+    assert found.exit_code == 0 and len(asked) == 2 * len(module.CASES) + 1
+    assert (asked[-1].batch, asked[-1].threads, asked[-1].against) == (80, 1, "torch-loop")
+    assert run("--only", "batch 81").exit_code == 2 and len(asked) == 2 * len(module.CASES) + 1
 
 
 def test_adding_marks_one_number_per_half_and_a_run_appends_its_line(monkeypatch, tmp_path):
