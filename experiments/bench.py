@@ -227,6 +227,8 @@ def main(
 ) -> None:
     """Measure the cases that have no line, then show all of them. Exit code 1 if a case could not be measured."""
     rows = [row for row in acceptance() + readme() + (grid() if with_grid else []) if only in row.name]
+    if not rows:
+        raise typer.BadParameter(f"got {only!r}, need words from the name of a case, see --table", param_hint="--only")
     console, at, device = Console(width=max(TABLE_WIDTH, Console().width)), commit(), bench.device()
     refused = impossible(rows)
     if table_only:

@@ -75,6 +75,12 @@ def show(records: Records) -> Table:
     return table
 
 
+def name_of(case: tuple) -> str:
+    """The name of one of the CASES."""
+    batch, sparsity, threads, inputs, _ = case
+    return f"batch {batch}, {sparsity:.0%} pruned, {threads} threads, {inputs} input gradients"
+
+
 def main(
     repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7,
     only: Annotated[str, typer.Option(help="Measure only cases whose name contains these words.")] = "",
@@ -88,12 +94,14 @@ def main(
     if table_only:
         records.as_last()
     else:
+        cases = [case for case in CASES if only in name_of(case)]
+        if not cases:
+            names = "\n".join(map(name_of, CASES))
+            raise typer.BadParameter(f"got {only!r}, need words from one of the names\n{names}", param_hint="--only")
         with progress() as report:
-            for done, (batch, sparsity, threads, inputs, baselines) in enumerate(CASES):
-                name = f"batch {batch}, {sparsity:.0%} pruned, {threads} threads, {inputs} input gradients"
-                if only not in name:
-                    continue
-                report("cases", done, len(CASES), name)
+            for done, asked in enumerate(cases):
+                report("cases", done, len(cases), name_of(asked))
+                batch, sparsity, threads, inputs, baselines = asked
                 case = {"batch": batch, "threads": threads, "input_gradient": inputs}
                 if again or records.of(case | {"commit": at, "sparsity_asked": sparsity}) is None:
                     case |= {"sparsity": sparsity, "repeats": repeats}

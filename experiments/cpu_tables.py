@@ -85,9 +85,9 @@ def cpu_product() -> str:
     return table(("weights", "µs per step", "library, µs", "fastest library", "times faster"), rows)
 
 
-OPEN_GOALS_TEXT = """What these rows lack of their goals. A loop in C over the panels of a product, with nothing around
-it, was timed beside a loop that only reads the weights; in it, lists sorted by length, rows in pairs, and the order of
-units in place of panels took as long or longer."""
+OPEN_GOALS_TEXT = """The next table says what some of these rows lack of their goals. A loop in C over the panels of a
+product, with nothing around it, was timed beside a loop that only reads the weights; in it, lists sorted by length,
+rows in pairs, and the order of units in place of panels took as long or longer."""
 
 # Goals of the second CPU that are missed: the goal, what the time consists of, what was tried.
 OPEN_GOALS = (

@@ -44,12 +44,13 @@ def main(
     console, at = Console(stderr=True), commit()
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = [line for line in lines if line["commit"] == at and not at.endswith("-changed")]
-    for case in CASES:
+    wanted = {"hidden": hidden, "batch": batch, "format": [format] if format else None}
+    cases = [case for case in CASES if all(not each or case[name] in each for name, each in wanted.items())]
+    if not cases:
+        raise typer.BadParameter(f"got {wanted}, which no case has; the cases are {CASES}")
+    for case in cases:
         case = {"backend": "cuda", "against": "cudnn-persistent", "steps": STEPS, "repeats": REPEATS} | case
         asked = bench.Case(**case).record()
-        wanted = {"hidden": hidden, "batch": batch, "format": [format] if format else None}
-        if any(values and case[name] not in values for name, values in wanted.items()):
-            continue
         if any(all(line.get(name) == value for name, value in asked.items()) for line in done):
             continue
         line = {"commit": at, "time": datetime.now(UTC).isoformat(timespec="seconds"), **bench.inference(**case)}

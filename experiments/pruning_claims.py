@@ -52,8 +52,9 @@ class Pair:
         text = f"{self.dense[0]['model.cell'].upper()} of {units(first)} units, {TASKS[task(first)]}"
         text += f", {first['training.epochs']} epochs"
         if self.longer:
-            gain = perplexity(self.longer) / perplexity(self.dense) - 1
-            text += f" ({self.longer[0]['training.epochs']}: {gain:+.1%} for dense)"
+            gain, of = perplexity(self.longer) / perplexity(self.dense) - 1, len(self.longer)
+            fewer = f", {seeds(of)}" if of < len(self.dense) else ""
+            text += f" ({self.longer[0]['training.epochs']}: {gain:+.1%} for dense{fewer})"
         return f"{text}, {seeds(len(self.pruned))}"
 
     def doubt(self, most: float) -> str:

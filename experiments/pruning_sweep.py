@@ -20,6 +20,7 @@ time: see `block_steps.py`.
 """
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -215,7 +216,7 @@ class Plan:
         units = units or self.hidden
         kept = left or 1 - rule.get("sparsity", 0.0)
         dropconnect = self.task.dropconnect[units != self.hidden]
-        trained = (round(dropconnect * kept**0.5, 3), round(longer * self.task.epochs), seed)
+        trained = (round(dropconnect * kept**0.5, 3), math.ceil(longer * self.task.epochs), seed)
         own = {"model.hidden": units} | dict(zip(TRAINED, trained, strict=True))
         if rule and self.task.exempt:
             rule["exempt"] = list(self.task.exempt)

@@ -77,6 +77,8 @@ def test_a_pruned_network_is_compared_with_the_dense_one_of_its_epochs(claims, m
     for longer, holds in ((99.5, True), (98.5, None), (99.1, True)):
         found = verdict(swept(), good, swept(perplexity=longer, **{"training.epochs": 50}))
         assert found.holds is holds and f"30 epochs (50: {longer / 100 - 1:+.1%} for dense)" in found.figure
+    found = verdict(swept(), swept(**{"training.seed": 1}), good, swept(**{"training.epochs": 50}))
+    assert "(50: +0.0% for dense, one seed)" in found.figure, "fewer seeds were trained for longer"
     better, longer = swept("lasso", 102.0, **pruned), swept(perplexity=98.0, **{"training.epochs": 50})
     assert verdict(swept(), better, longer).holds, "it is no worse than the dense network of a long training either"
     other = swept("magnitude", 103.0, **pruned | {"training.epochs": 60})

@@ -173,6 +173,23 @@ def test_every_training_case_gets_one_line_per_commit(monkeypatch, tmp_path):
     assert run().stdout.count("1.0% of dense") == len(module.CASES) and len(asked) == len(module.CASES)
     assert run("--table").stdout.count("2.00") == sum(len(baselines) for *_, baselines in module.CASES)
     assert run("--again").exit_code == 0 and len(asked) == 2 * len(module.CASES)
+    found = run("--again", "--only", "batch 80, 90% pruned, 1 threads", "--baselines", "torch-loop")
+    assert found.exit_code == 0 and len(asked) == 2 * len(module.CASES) + 1
+    assert (asked[-1].batch, asked[-1].threads, asked[-1].against) == (80, 1, "torch-loop")
+    assert run("--only", "batch 81").exit_code == 2 and len(asked) == 2 * len(module.CASES) + 1
+
+
+def test_only_the_layers_that_are_asked_for_are_timed_beside_cudnn(monkeypatch, tmp_path):
+    module, asked = script("every_cudnn", monkeypatch), []
+    timed = {"us_per_step": 1.0, "against_us_per_step": 2.0, "against_variant": "GRU", "speedup": 2.0}
+    monkeypatch.setattr(module.bench, "inference", lambda **case: asked.append(case) or timed)
+    run = lambda *more: CliRunner().invoke(module_app(module), ["--results", str(tmp_path / "lines"), *more])  # noqa: E731
+    assert run("--hidden", "768", "--hidden", "1344", "--batch", "1", "--format", "block").exit_code == 0
+    assert [(case["hidden"], case["batch"], case["format"]) for case in asked] == [
+        (768, 1, "block"),
+        (1344, 1, "block"),
+    ]
+    assert run("--format", "csr").exit_code == 2 and len(asked) == 2
 
 
 def test_adding_marks_one_number_per_half_and_a_run_appends_its_line(monkeypatch, tmp_path):

@@ -35,7 +35,7 @@ def call(script, *arguments):
 
 def small_plan(script, folder, cell, *more):
     (folder / "text.txt").write_text(TEXT)
-    options = ("--text", folder / "text.txt", "--epochs", 40, "--backend", "cpu", "--seed", 0, "--seed", 1)
+    options = ("--text", folder / "text.txt", "--epochs", 43, "--backend", "cpu", "--seed", 0, "--seed", 1)
     call(script, "plan", folder / "sweep.toml", "--cell", cell, *options, *more)
     return load_sweep(folder / "sweep.toml", settings={"data.valid_batch": 2, "training.batch": 2})
 
@@ -51,7 +51,7 @@ def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
     recipes = [point.recipe for point in points]
     assert {recipe.model.cell for recipe in recipes} == {cell}
     assert {recipe.model.hidden for recipe in recipes} == {(64, 32), (128, 32)}
-    assert recipes[0].pruning.method == "" and {recipe.training.epochs for recipe in recipes} == {40, 60}
+    assert recipes[0].pruning.method == "" and {recipe.training.epochs for recipe in recipes} == {43, 65}
     dense, large = 64 * (64 + 32) + 32 * (32 + 64), 128 * (128 + 32) + 32 * (32 + 128)
     wide = [recipe for recipe in recipes if recipe.model.hidden == (128, 32)]
     assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide) and len(wide) == 2 * blocks
