@@ -88,7 +88,7 @@ class CudaBackend:
         self.exact, self.precision = exact, None if exact else precision or PRECISIONS[0]
 
     def engine(self, network: Network, *, threads: int = 1) -> CudaEngine:
-        """Pack the weights and copy them to the GPU. Kernels are compiled at the first run of each plan, in seconds, and kept.
+        """Pack the weights and copy them to the GPU. The first run of each plan compiles its kernels, and keeps them.
 
         Raises BackendUnavailable with the reason if there is no usable GPU, and ValueError for `threads` other than 1.
         """
