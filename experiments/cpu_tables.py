@@ -111,8 +111,8 @@ OPEN_GOALS = (
     ),
     (
         "training windows, 3.6 and 3.3 times, and 1.15 times commit 5385bcb",
-        "80 samples reach 3.3 times; 20 samples: backward steps 30 %, forward steps 28 %, gradients of weights 15 %, of "
-        "inputs 12 %, input products 11 %",
+        "80 samples reach 3.3 times; 20 samples: backward steps 30 %, forward steps 28 %, gradients of weights 15 %, "
+        "of inputs 12 %, input products 11 %",
         "the same: 1.05 expected, 0.99 and 1.01 found. Beside commit 5385bcb, 20 samples: 0.96 (quartiles 0.82 "
         "and 1.10)",
     ),
