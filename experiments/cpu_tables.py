@@ -93,7 +93,7 @@ rows in pairs, and the order of units in place of panels took as long or longer.
 OPEN_GOALS = (
     (
         "layer of 512 units, 40 times",
-        "23 to 31 times in four runs; ours alone 4.0 to 4.7 µs on a quiet host, 5 to 9 µs in other minutes: 1.0 µs per "
+        "23 to 33 times in six runs; ours alone 4.0 to 4.7 µs on a quiet host, 5 to 9 µs in other minutes: 1.0 µs per "
         "product, and 1.9 µs of cells, lists and biases, which stay without weights",
         "a longer warm-up of both sides: 40 times expected, no change found",
     ),
@@ -111,8 +111,8 @@ OPEN_GOALS = (
     ),
     (
         "training windows, 3.6 and 3.3 times, and 1.15 times commit 5385bcb",
-        "20 samples: backward steps 30 %, forward steps 28 %, gradients of weights 15 %, of inputs 12 %, input "
-        "products 11 %",
+        "80 samples reach 3.3 times; 20 samples: backward steps 30 %, forward steps 28 %, gradients of weights 15 %, "
+        "of inputs 12 %, input products 11 %",
         "the same: 1.05 expected, 0.99 and 1.01 found. Beside commit 5385bcb, 20 samples: 0.96 (quartiles 0.82 "
         "and 1.10)",
     ),
@@ -122,9 +122,10 @@ OPEN_GOALS = (
 def cpu_other() -> str:
     """The same layers and products, and a dense training window of all weights on two threads, on a second machine:
     2.8 GHz, 1.25 MB of L2 cache per core. It also ran other work; what was measured had real-time priority, with the
-    other core kept free in rows of one thread, except the products of commit 39cb6fd. Beside the times, what is
-    computed as a share of the multiplications and additions that the cores can do (`python experiments/bench.py
-    --results experiments/results/cpu_inference_other.jsonl`, `python experiments/bench_training.py` likewise).
+    other core kept free in rows of one thread, except at the commits 39cb6fd (products) and 89fb97d. Beside the times,
+    what is computed as a share of the multiplications and additions that the cores can do (`python
+    experiments/bench.py --results experiments/results/cpu_inference_other.jsonl`, `python
+    experiments/bench_training.py` likewise).
     """
     lines, rows = read("cpu_inference_other"), []
     for name, case in (*CPU_LAYER, *CPU_PRODUCT):
@@ -136,7 +137,8 @@ def cpu_other() -> str:
     for line in read("cpu_training_other"):
         each = line["against_each"]["torch"]
         operations = 2 * line["executed_per_iteration"] / line["ms_per_iteration"] / 1e6
-        cells = (f"dense, training window, batch {line['batch']}, {line['threads']} threads",)
+        inputs = ", with the gradient of all inputs" if line["input_gradient"] == "all" else ""
+        cells = (f"dense, training window, batch {line['batch']}, {line['threads']} threads{inputs}",)
         cells += (f"{number(line['ms_per_iteration'])} ms", f"{number(each['ms_per_iteration'])} ms", "`nn.GRU`")
         rows.append(((*cells, times(each["speedup"]), f"{operations / line['fma_gflop_s']:.0%}"), [line]))
     measured = table(("case", "ours", "beside", "which", "times faster", "share of the peak"), rows)
