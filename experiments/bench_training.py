@@ -4,8 +4,8 @@
     python experiments/bench_training.py --table
     python experiments/bench_training.py --only "batch 20, 0% pruned, 2 threads" --baselines torch
 
-A line holds the output of `eventrnn bench training --json`, the commit and the time. A case that has a line of this
-device and commit is skipped. Needs torch.
+A line holds the output of `eventrnn bench training --json`, the commit and the time. A case whose last line of this
+device and commit has all baselines that are asked for is skipped. Needs torch.
 """
 
 from pathlib import Path
@@ -103,9 +103,11 @@ def main(
                 report("cases", done, len(cases), name_of(asked))
                 batch, sparsity, threads, inputs, baselines = asked
                 case = {"batch": batch, "threads": threads, "input_gradient": inputs}
-                if again or records.of(case | {"commit": at, "sparsity_asked": sparsity}) is None:
+                against = only_baselines.split(",") if only_baselines else list(baselines)
+                line = records.of(case | {"commit": at, "sparsity_asked": sparsity})
+                if again or line is None or not set(against) <= line["against_each"].keys():
                     case |= {"sparsity": sparsity, "repeats": repeats}
-                    records.add(bench.training(**case, against=only_baselines or ",".join(baselines)))
+                    records.add(bench.training(**case, against=",".join(against)))
     console = Console(width=170)
     console.print(show(records))
 

@@ -176,7 +176,11 @@ def test_every_training_case_gets_one_line_per_commit(monkeypatch, tmp_path):
     found = run("--again", "--only", "batch 80, 90% pruned, 1 threads", "--baselines", "torch-loop")
     assert found.exit_code == 0 and len(asked) == 2 * len(module.CASES) + 1
     assert (asked[-1].batch, asked[-1].threads, asked[-1].against) == (80, 1, "torch-loop")
-    assert run("--only", "batch 81").exit_code == 2 and len(asked) == 2 * len(module.CASES) + 1
+    # That line has one baseline: it serves who asks for that one, and nobody else.
+    assert run("--only", "batch 80, 90% pruned, 1 threads", "--baselines", "torch-loop").exit_code == 0
+    assert len(asked) == 2 * len(module.CASES) + 1
+    assert run().exit_code == 0 and len(asked) == 2 * len(module.CASES) + 2 and asked[-1].against == "torch"
+    assert run("--only", "batch 81").exit_code == 2 and len(asked) == 2 * len(module.CASES) + 2
 
 
 def test_only_the_layers_that_are_asked_for_are_timed_beside_cudnn(monkeypatch, tmp_path):
