@@ -2,11 +2,12 @@
 
     python experiments/sweep_kills.py dask --points 40 --scheduler
     python experiments/sweep_kills.py loky --points 40
+    python experiments/sweep_kills.py loky --points 40 --gpus       # a process per GPU of this machine
 
 A quarter of the way a worker is killed, half-way the driver, and with --scheduler, of dask only, at three quarters the
 scheduler. Each time the sweep goes on with `eventrnn sweep --resume`. At the end there must be one result per point,
-with the model file of a run alone, and no point may have started again after its end. One line is appended to
-results/robustness.jsonl.
+with the model file of a run alone, and no point may have started again after its end. All workers must have trained at
+the same time, and with --gpus every GPU must have trained points. One line is appended to results/robustness.jsonl.
 """
 
 import json
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +30,7 @@ from command_line import command
 from records import Records
 from threadpoolctl import threadpool_limits
 
+from eventrnn._gpus import visible_gpus
 from eventrnn.cli.terminal import as_line
 from eventrnn.sweeps import load_sweep, read_results
 from eventrnn.sweeps.plan import MODEL, Sweep, point
@@ -37,6 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "robustness.jsonl"
 # A campaign in which nothing ends for so many seconds has failed.
 PATIENCE = 300.0
 
+# Processes that train points on the CPU.
 WORKERS = 2
 
 # A point takes about a second on an idle core, and is saved several times.
@@ -56,12 +61,13 @@ SETTINGS = {
 class Campaign:
     """A sweep on one engine, and its processes."""
 
-    def __init__(self, engine: str, points: int, base: Path, stack: ExitStack):
+    def __init__(self, engine: str, points: int, on_gpus: bool, base: Path, stack: ExitStack):
         self.engine, self.points, self.base, self.stack = engine, points, base, stack
+        self.workers = len(visible_gpus()) if on_gpus else WORKERS
         self.folder, self.plan, self.address = base / "sweep", base / "sweep.toml", ""
         letters = np.random.default_rng(0).choice(list("abcdef \n"), 20_000)
         (base / "text.txt").write_text("".join(letters))
-        settings = {"data.text": str(base / "text.txt")} | SETTINGS
+        settings = {"data.text": str(base / "text.txt")} | SETTINGS | ({"training.backend": "cuda"} if on_gpus else {})
         lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         seeds = list(range(points // 2)), [0.003, 0.006]
         axes = f"training.seed = {seeds[0]}\ntraining.learning_rate = {seeds[1]}\n"
@@ -84,7 +90,7 @@ class Campaign:
         self.wait(file.exists, "a scheduler")
         time.sleep(1)
         self.address = json.loads(file.read_text())["address"]
-        for _ in range(WORKERS):
+        for _ in range(self.workers):
             options = self.address, "--nthreads", 1, "--no-nanny", "--no-dashboard"
             self.start("distributed.cli.dask_worker", *options)
         return scheduler
@@ -92,7 +98,7 @@ class Campaign:
     def drive(self, *, resume: bool) -> subprocess.Popen:
         """A driver of the sweep."""
         what = ["--resume", self.folder] if resume else [self.plan, "--out", self.folder]
-        where = ["--address", self.address] if self.address else ["--workers", WORKERS]
+        where = ["--address", self.address] if self.address else ["--workers", self.workers]
         return self.start("eventrnn", "sweep", *what, "--executor", self.engine, *where)
 
     def wait(self, true: Callable[[], Any], what: str) -> None:
@@ -109,6 +115,19 @@ class Campaign:
         for result in sorted(self.folder.glob("points/*/result.json")):
             found[result.parent.name] = (result.parent / "starts.jsonl").read_bytes().count(b"\n")
         return found
+
+    def gpus(self) -> dict[str, int]:
+        """How many starts each GPU has seen."""
+        files = sorted(self.folder.glob("points/*/starts.jsonl"))
+        return dict(Counter(json.loads(line).get("gpu") for file in files for line in file.read_text().splitlines()))
+
+    def at_a_time(self) -> int:
+        """The largest number of points that were trained at the same time, each from its last start to its end."""
+        spans = []
+        for end in sorted(self.folder.glob("points/*/result.json")):
+            start = json.loads((end.parent / "starts.jsonl").read_text().splitlines()[-1])
+            spans.append((datetime.fromisoformat(start["time"]).timestamp(), end.stat().st_mtime))
+        return max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans)
 
     def wait_for(self, share: float) -> None:
         """Wait until this share of the points has ended."""
@@ -193,27 +212,36 @@ def main(
     engine: Annotated[str, typer.Argument(help="Engine: processes, loky, dask or executorlib.")] = "dask",
     points: Annotated[int, typer.Option(help="Points.")] = 40,
     scheduler: Annotated[bool, typer.Option("--scheduler", help="Kill the scheduler, too.")] = False,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Train on GPUs, a process per GPU of this machine.")] = False,
 ) -> None:
     """Kill a sweep, and compare its points with runs alone."""
+    if gpus and not visible_gpus():
+        raise typer.BadParameter("found no GPU (nvidia-smi); leave it out to train on the CPU", param_hint="--gpus")
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made, ExitStack() as stack:
         base = Path(made)
-        campaign = Campaign(engine, points, base, stack)
+        campaign = Campaign(engine, points, gpus, base, stack)
         starts, faults = killed_sweep(campaign, scheduler)
         expected = alone(load_sweep(campaign.plan), base / "alone")
-        lines = read_results(campaign.folder)
+        lines, used, at_a_time = read_results(campaign.folder), campaign.gpus(), campaign.at_a_time()
         if [line["state"] for line in lines] != ["done"] * len(expected):
             faults.append(f"states {[line['state'] for line in lines]}")
         for name, content in expected.items():
             if (campaign.folder / "points" / name / MODEL).read_bytes() != content:
                 faults.append(f"point {name} has other bits than a run alone")
+        if gpus and sorted(used) != sorted(visible_gpus()):
+            faults.append(f"points were trained on {sorted(used)}, of {sorted(visible_gpus())}")
+        if at_a_time != campaign.workers:
+            faults.append(f"{at_a_time} points at a time, of {campaign.workers} workers")
     line = {
         "campaign": "kills of sweeps",
         "engine": engine,
         "faults": len(faults),
         "described": faults[:10],
         "points": len(expected),
-        "workers": WORKERS,
+        "workers": campaign.workers,
+        "at_a_time": at_a_time,
+        "starts_per_gpu": list(used.values()) if gpus else None,
         "killed": ["worker", "driver", *(["scheduler"] if scheduler else [])],
         "starts": sum(starts.values()),
         "settings": json.dumps(SETTINGS),

@@ -9,12 +9,14 @@ import threading
 import warnings
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import eventrnn.sweeps.driver as driver_module
-from eventrnn import _files, load
+from eventrnn import BackendUnavailable, _files, load
+from eventrnn._gpus import visible_gpus
 from eventrnn.sweeps import Study, Sweep, SweepStopped, gpus, read_results, run_sweep
 from eventrnn.sweeps.engines import Engine, Needs, cores, default_workers, engine_of
 from eventrnn.sweeps.figure import sweep_figure
@@ -321,14 +323,14 @@ def test_gpus_are_those_of_the_driver_where_none_are_named(tmp_path, monkeypatch
 
 def test_every_process_chooses_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    chosen = []
+    chosen, told = [], []
     for _ in range(3):
         # As in another process: a lock is held by its open file.
         monkeypatch.setattr(gpus, "_held", None)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-        gpus.claim_gpu()
-        gpus.claim_gpu()
+        told += [gpus.claim_gpu(), gpus.claim_gpu()]
         chosen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert told == [name for name in chosen for _ in range(2)]
     assert chosen[:2] == ["GPU-a", "GPU-b"] and chosen[2] in chosen[:2]
 
 
@@ -347,6 +349,21 @@ def test_two_gpus_train_two_points_at_a_time(tmp_path, monkeypatch):
     finally:
         engine.close()
     assert sorted(name for _, name in chosen) == ["GPU-a", "GPU-b"]
+
+
+@pytest.mark.gpu
+def test_points_on_two_gpus_have_the_bits_of_runs_alone(tmp_path):
+    """Each GPU trains points, and the starts say which one."""
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    if len(visible_gpus()) != 2:
+        pytest.skip("needs two GPUs")
+    (tmp_path / "text.txt").write_text(TEXT)
+    sweep = small_sweep(tmp_path / "text.txt")
+    sweep = replace(sweep, settings={**sweep.settings, "training.backend": "cuda"})
+    run_sweep(sweep, tmp_path / "out")
+    assert models_of(tmp_path / "out") == models_alone(sweep, tmp_path / "alone")
+    files = sorted((tmp_path / "out").glob("points/*/starts.jsonl"))
+    assert {json.loads(file.read_text())["gpu"] for file in files} == set(visible_gpus())
 
 
 class Later(Inline):

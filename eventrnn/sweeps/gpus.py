@@ -18,22 +18,22 @@ from eventrnn._gpus import VARIABLE, visible_gpus
 _held: int | None = None
 
 
-def claim_gpu() -> None:
-    """Choose a GPU that no other worker of this machine uses, for the rest of this process.
+def claim_gpu() -> str | None:
+    """Choose a GPU that no other worker of this machine uses, for the rest of this process, and return its name.
 
-    With a single GPU, or none, nothing is done. Where all of them are taken, the process shares one.
+    With a single GPU, or none, nothing is chosen, and the name of the single one or None is returned. Where all of them
+    are taken, the process shares one.
     """
     global _held
-    if _held is not None:
-        return
     names = visible_gpus()
     if len(names) < 2:
-        return
+        return names[0] if names else None
     for name in names:
         if (lock := _locked(name)) is not None:
             _held, os.environ[VARIABLE] = lock, name
-            return
+            return name
     os.environ[VARIABLE] = names[os.getpid() % len(names)]
+    return os.environ[VARIABLE]
 
 
 def _locked(name: str) -> int | None:

@@ -5,7 +5,7 @@
     points/0007/             one point
         model.safetensors        its model
         model.safetensors.run/   its run: configuration, log and checkpoints
-        starts.jsonl             one line per start: time, process and host
+        starts.jsonl             one line per start: time, process, host and GPU
         result.json              its figures, or its error; there once the point has ended
 
 `result.json` counts. The worker writes it while it holds the lock of the point, and `results.jsonl` is made of all of
@@ -117,13 +117,13 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     write_whole(folder / RESULT, (json.dumps(result) + "\n").encode(), overwrite=True)
 
 
-def note_start(folder: Path) -> int:
-    """Add a line to the starts of a point whose lock is held. Returns how many there are."""
+def note_start(folder: Path, gpu: str | None = None) -> int:
+    """Add a line to the starts of a point whose lock is held, with the name of its GPU. Returns how many there are."""
     line = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "process": os.getpid(),
         "host": socket.gethostname(),
-    }
+    } | ({} if gpu is None else {"gpu": gpu})
     path = folder / STARTS
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

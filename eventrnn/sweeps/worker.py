@@ -74,7 +74,7 @@ def run_point(job: Job) -> dict[str, Any]:
                 return before
             if stop():
                 raise KeyboardInterrupt("stopped before the training")
-            starts = note_start(job.folder)
+            starts = note_start(job.folder, claim_gpu() if job.recipe.training.backend == "cuda" else None)
             result = _trained(job, stop) | {"starts": starts}
             write_result(job.folder, result)
             return result
@@ -84,8 +84,6 @@ def run_point(job: Job) -> dict[str, Any]:
 
 def _trained(job: Job, stop: Callable[[], bool]) -> dict[str, Any]:
     run, threads = job.folder / RUN, job.recipe.training.threads
-    if job.recipe.training.backend == "cuda":
-        claim_gpu()
     try:
         # Otherwise every worker would have as many threads of BLAS as the machine has cores.
         with threadpool_limits(limits=threads, user_api="blas"):
