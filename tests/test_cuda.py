@@ -340,18 +340,21 @@ MASKED_LAYOUTS = [layout for layout in LAYOUTS if layout & tables.KINDS == table
 
 @pytest.fixture(scope="module")
 def compiled():
-    """A function that compiles a kernel to PTX for Hopper, with or without a GPU."""
+    """A compiler of kernels, with or without a GPU."""
     return compiler()
 
 
+@pytest.mark.parametrize("kind", [tables.DENSE, tables.RUNS])
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
-def test_kernels_compile_without_contraction(compiled, variant):
+def test_kernels_compile_with_every_libnvvm_and_without_contraction(compiled, variant, kind):
     from eventrnn.cuda.kernels.persistent import layers_kernel
     from eventrnn.cuda.kernels.single_stream import single_kernel
 
-    layouts = (tables.layout_code(tables.RUNS, True, True),)
+    layouts = (tables.layout_code(kind, variant == "evnn", True),)
     for make in (layers_kernel, single_kernel):
-        check_ptx(compiled(make(("egru", variant), layouts)))
+        ptx = compiled(make(("egru", variant), layouts))
+        check_ptx(ptx)
+        assert ".local" not in ptx, "arrays in local memory are slow"
 
 
 @pytest.mark.parametrize("layout", MASKED_LAYOUTS)

@@ -50,6 +50,7 @@ from eventrnn.training import (
 )
 from support import fake_training
 from support.cuda_runs import SYMBOLS, cuda_settings, symbol_text, updated
+from support.ptx import compiler
 from support.texts import TEXT
 from support.tolerance import soft_target_error
 from support.training_specification import Specification, read
@@ -558,11 +559,11 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile(name):
-    device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    compiled = compiler()
     kernels = importlib.import_module("eventrnn.cuda.training.kernels")
     for module in pkgutil.iter_modules(kernels.__path__):
         importlib.import_module(f"{kernels.__name__}.{module.name}")
-    ptx = device.compile_ptx(*KERNELS[name](kernels), (9, 0), 256)
+    ptx = compiled(KERNELS[name](kernels), threads=256)
     assert ".entry" in ptx and ".local" not in ptx, "arrays in local memory are slow"
 
 

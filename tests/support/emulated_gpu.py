@@ -295,6 +295,7 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         syncwarp=lambda mask: here.warp.exchange(here.lane, 0),
         ballot_sync=_ballot,
         shfl_sync=lambda mask, word, lane: here.warp.exchange(here.lane, word)[int(lane)],
+        local=SimpleNamespace(array=lambda length, kind: np.zeros(length, getattr(kind, "name", kind))),
         ffs=lambda word: np.int32((int(word) & -int(word)).bit_length()),
         fma=_fused(),
     )

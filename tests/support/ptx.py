@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 
@@ -13,11 +14,39 @@ from eventrnn.backend import BackendUnavailable
 HOPPER = (9, 0)
 
 
-def compiler() -> Callable[[tuple], str]:
-    """A function that compiles a kernel, given as (function, signature), to PTX. Skips the test where none can be."""
+class Compiler:
+    """Compiles kernels to PTX for Hopper, and checks before that every libNVVM can.
+
+    modules : what libNVVM was given, in LLVM's language
+    """
+
+    def __init__(self, compile_ptx: Callable[..., str], nvvm: ModuleType):
+        self.compile_ptx, self.nvvm, self.modules = compile_ptx, nvvm, []
+
+    def __call__(self, made: tuple, threads: int = 352) -> str:
+        """PTX of a kernel, given as (function, signature)."""
+        compile_ir = self.nvvm.compile_ir
+
+        def checked(modules, *given, **options):
+            # Before the compiler starts, because an old one would not end. A newer one does.
+            assert not [merged for module in modules for merged in merged_tuples(module)]
+            self.modules += modules
+            return compile_ir(modules, *given, **options)
+
+        self.nvvm.compile_ir = checked
+        try:
+            return self.compile_ptx(*made, HOPPER, threads)
+        finally:
+            self.nvvm.compile_ir = compile_ir
+
+
+def compiler() -> Compiler:
+    """A compiler of kernels, with or without a GPU. Skips the test where there is none."""
     device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     pytest.importorskip("cuda.bindings.nvvm", reason="needs libNVVM")
-    return lambda made: device.compile_ptx(*made, HOPPER, 352)
+    from numba.cuda.cudadrv import nvvm
+
+    return Compiler(device.compile_ptx, nvvm)
 
 
 def check_ptx(ptx: str) -> None:

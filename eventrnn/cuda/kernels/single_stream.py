@@ -144,13 +144,14 @@ def collect_rows(
     a, b, c, d, n_events, complete = load_segment(row_at, n, lane, warp)
     votes = warp_ballots(n_events, segment_counts, lane, warp)
     input_votes = warp_ballots(n_inputs, input_counts, lane, warp)
-    if cuda.syncthreads_or(int32(not (complete and input_complete))):
-        return int32(-1), int32(-1)
-    count = append_events(entries, segment_counts, segments, (a, b, c, d), n_events, votes, lane, warp)
-    input_count = append_events(
-        input_entries, input_counts, input_segments, (e, f, g, h), n_inputs, input_votes, lane, warp
-    )
-    cuda.syncthreads()
+    count, input_count = int32(-1), int32(-1)
+    if not cuda.syncthreads_or(int32(not (complete and input_complete))):
+        count = append_events(entries, segment_counts, segments, (a, b, c, d), n_events, votes, lane, warp)
+        input_count = append_events(
+            input_entries, input_counts, input_segments, (e, f, g, h), n_inputs, input_votes, lane, warp
+        )
+        cuda.syncthreads()
+    # One place returns, because a tuple has two assignments otherwise; `gated_blocks` says why there must be one.
     return count, input_count
 
 

@@ -20,12 +20,15 @@ hits        shared, per warp  (MAX_HITS + LIST_PAD,) int64 table words, then as 
 
 Barriers: warps synchronise only with themselves (`syncwarp`), before and after they read `hits`. The caller
 synchronises the block after `entries` has been written.
+
+Tuples: `gated_blocks` says why no variable that holds one is assigned in two places. What a loop keeps is in arrays of
+eight, whose places are constants, so that they are registers.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import int32, int64
+from numba import float32, int32, int64
 
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.ptx import (
@@ -155,6 +158,13 @@ def load8(array, at):
     )
 
 
+@device_function
+def set8(array, terms):
+    """Give the first eight elements of an array new values. They are written out, so that the array is registers."""
+    array[0], array[1], array[2], array[3] = terms[0], terms[1], terms[2], terms[3]
+    array[4], array[5], array[6], array[7] = terms[4], terms[5], terms[6], terms[7]
+
+
 add_events8, add_values8, add_words8 = (make_add8(each) for each in (value_of_event, unchanged, libdevice.int_as_float))
 
 
@@ -202,22 +212,38 @@ def make_pipelined_product(narrow: bool):
         own_at, row_bytes, at, e = int32(values_at + size * lane), int32(size * width), int32(entries_at), int32(0)
         # The zeros after the list, which are read in place of entries beyond it.
         end = int32(at + 8 * ((count + 1) & -2))
-        (units, values), (more_units, more_values) = entries8(at), entries8(int32(at + 64))
-        weights = weights_of(0, rows_at(own_at, units, row_bytes))
-        more = weights_of(0, rows_at(own_at, more_units, row_bytes))
-        units, next_values = entries8(int32(at + 128))
-        more_units, more_next_values = entries8(int32(at + 192))
-        rows, more_rows = rows_at(own_at, units, row_bytes), rows_at(own_at, more_units, row_bytes)
+        # Of the group that is added: weights and values of events. Of the next one: addresses of weights, and values.
+        weights, more = cuda.local.array(8, float32), cuda.local.array(8, float32)
+        rows, more_rows = cuda.local.array(8, int32), cuda.local.array(8, int32)
+        values, more_values = cuda.local.array(8, int32), cuda.local.array(8, int32)
+        next_values, more_next_values = cuda.local.array(8, int32), cuda.local.array(8, int32)
+        (units, first), (more_units, more_first) = entries8(at), entries8(int32(at + 64))
+        set8(weights, weights_of(0, rows_at(own_at, units, row_bytes)))
+        set8(more, weights_of(0, rows_at(own_at, more_units, row_bytes)))
+        set8(values, first)
+        set8(more_values, more_first)
+        next_units, second = entries8(int32(at + 128))
+        more_next_units, more_second = entries8(int32(at + 192))
+        set8(rows, rows_at(own_at, next_units, row_bytes))
+        set8(more_rows, rows_at(own_at, more_next_units, row_bytes))
+        set8(next_values, second)
+        set8(more_next_values, more_second)
         while e < count:
             at = min(int32(at + 128), end)
             later = min(int32(at + 128), end)
-            units, later_values = entries8(later)
-            more_units, more_later_values = entries8(int32(later + 64))
-            next_weights, more_next_weights = weights_of(0, rows), weights_of(0, more_rows)
-            acc = add_words8(add_words8(acc, weights, values), more, more_values)
-            rows, more_rows = rows_at(own_at, units, row_bytes), rows_at(own_at, more_units, row_bytes)
-            weights, values, next_values = next_weights, next_values, later_values
-            more, more_values, more_next_values = more_next_weights, more_next_values, more_later_values
+            later_units, later_values = entries8(later)
+            more_later_units, more_later_values = entries8(int32(later + 64))
+            loaded, more_loaded = weights_of(0, load8(rows, 0)), weights_of(0, load8(more_rows, 0))
+            acc = add_words8(acc, load8(weights, 0), load8(values, 0))
+            acc = add_words8(acc, load8(more, 0), load8(more_values, 0))
+            set8(rows, rows_at(own_at, later_units, row_bytes))
+            set8(more_rows, rows_at(own_at, more_later_units, row_bytes))
+            set8(weights, loaded)
+            set8(more, more_loaded)
+            set8(values, load8(next_values, 0))
+            set8(more_values, load8(more_next_values, 0))
+            set8(next_values, later_values)
+            set8(more_next_values, more_later_values)
             e = int32(e + 16)
         return acc
 

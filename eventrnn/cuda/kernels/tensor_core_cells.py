@@ -195,12 +195,15 @@ def cell_before_event(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u,
 @device_function
 def load_neighbours(address, both, even):
     """Two neighbouring float32, or the first one twice unless `both`. `even`: the address is a multiple of 8."""
+    # One place returns: `gated_blocks` says why.
     if even:
-        return load_pair(address)
-    numbers = global_float32(address)
-    a = b = numbers[0]
-    if both:
-        b = numbers[1]
+        pair = load_pair(address)
+        a, b = pair[0], pair[1]
+    else:
+        numbers = global_float32(address)
+        a = b = numbers[0]
+        if both:
+            b = numbers[1]
     return a, b
 
 

@@ -179,21 +179,23 @@ def update_kernel(rule: str, precision: str, averaged: bool):
     def changed(w, g, first, second, rates, numbers):
         """Parameter, first and second state after the rule, from the clipped gradient."""
         rate, decay, joined, one = rates[0], rates[1], rates[2], np.float32(1)
-        if rate == ZERO32:
-            return w, first, second
-        if with_velocity:
-            first = numbers[MOMENTUM] * first + g + joined * w
-            return w - rate * (first + decay * w), first, second
-        g += joined * w
-        if adam:
-            beta1, beta2 = numbers[BETA1], numbers[BETA2]
-            second = beta2 * second + (one - beta2) * g * g
-            moved = g
-            if with_first:
-                first = beta1 * first + (one - beta1) * g
-                moved = first * numbers[CORRECTION1]
-            g = moved / (libdevice.fsqrt_rn(second * numbers[CORRECTION2]) + numbers[EPSILON])
-        return w - rate * (g + decay * w), first, second
+        # One place returns: `eventrnn.cuda.kernels.gated_blocks` says why.
+        if rate != ZERO32:
+            if with_velocity:
+                first = numbers[MOMENTUM] * first + g + joined * w
+                g = first
+            else:
+                g += joined * w
+            if adam:
+                beta1, beta2 = numbers[BETA1], numbers[BETA2]
+                second = beta2 * second + (one - beta2) * g * g
+                moved = g
+                if with_first:
+                    first = beta1 * first + (one - beta1) * g
+                    moved = first * numbers[CORRECTION1]
+                g = moved / (libdevice.fsqrt_rn(second * numbers[CORRECTION2]) + numbers[EPSILON])
+            w -= rate * (g + decay * w)
+        return w, first, second
 
     def update(
         parameters_at,
