@@ -73,6 +73,18 @@ def test_a_kernel_is_compiled_once_per_whatever_it_depends_on(folder):
     assert compiled.times == len(asked)
 
 
+def test_kernel_of_another_package_is_compiled_in_every_process(folder):
+    compiled = Compiler()
+
+    def own():
+        """A kernel of this test."""
+
+    assert [kept_ptx.ptx_of(own, (1,), COMPILER, compiled) for _ in range(2)] == [
+        f".entry kernel // {k}\n" for k in (1, 2)
+    ]
+    assert not files(folder)
+
+
 def test_changed_source_is_compiled_again_and_replaces_the_file(folder, monkeypatch):
     compiled = Compiler()
     kept_ptx.ptx_of(kernel, (1,), COMPILER, compiled)
