@@ -309,13 +309,31 @@ CLAIMS = (
             BLOCKS,
             f"90 % of {block} blocks pruned with a small loss (here: 5 %)",
             "pruning_sweep.py",
-            pruning_claims.pruned_blocks(block),
+            pruning_claims.pruned_blocks(block, "gru"),
         )
         for block in pruning_claims.SIZES
     ),
+    *(
+        Claim(
+            BLOCKS,
+            f"The same of {block} in an EGRU, whose outputs are sparse already",
+            "pruning_sweep.py",
+            pruning_claims.pruned_blocks(block, "egru"),
+        )
+        for block in ("1x16", "16x16")
+    ),
     Claim(BLOCKS, "Models about 10 times smaller", "pruning_sweep.py", pruning_claims.smaller_files),
     Claim(
-        BLOCKS, "A larger dense network, pruned, recovers the loss", "pruning_sweep.py", pruning_claims.larger_pruned
+        BLOCKS,
+        "A larger dense network, pruned, recovers the loss",
+        "pruning_sweep.py",
+        pruning_claims.larger_pruned("word"),
+    ),
+    Claim(
+        BLOCKS,
+        "The same by characters, in small networks",
+        "pruning_sweep.py",
+        pruning_claims.larger_pruned("character"),
     ),
     Claim(
         BLOCKS,
@@ -359,13 +377,22 @@ CLAIMS = (
         MASKS,
         "4:8 transposable masks lose no quality (here: 1 %)",
         "pruning_sweep.py",
-        pruning_claims.trained_masks("4:8:both", SAME),
+        pruning_claims.trained_masks("4:8:both", SAME, "gru"),
     ),
     Claim(
         MASKS,
         "2:4 masks lose little quality (here: 3 %)",
         "pruning_sweep.py",
-        pruning_claims.trained_masks("2:4", 1.03),
+        pruning_claims.trained_masks("2:4", 1.03, "gru"),
+    ),
+    *(
+        Claim(
+            MASKS,
+            f"The same of {nm.removesuffix(':both')} masks in an EGRU",
+            "pruning_sweep.py",
+            pruning_claims.trained_masks(nm, most, "egru"),
+        )
+        for nm, most in (("4:8:both", SAME), ("2:4", 1.03))
     ),
     Claim(
         MASKS,

@@ -189,11 +189,12 @@ def joined(verdicts: Iterable[bool | None]) -> bool | None:
 # --- blocks ---
 
 
-def pruned_blocks(block: str) -> Callable[[], Finding | None]:
-    """The best rule on blocks of that size, at 90 %, beside the dense network, for each cell."""
+def pruned_blocks(block: str, cell: str) -> Callable[[], Finding | None]:
+    """The best rule on blocks of that size, at 90 %, in layers of a cell, beside the dense network, for each text."""
 
     def find() -> Finding | None:
-        pairs = best(lambda line: block_of(line) == block and line["pruning.sparsity"] == 0.9)
+        same = (cell, block, 0.9)
+        pairs = best(lambda line: (line["model.cell"], block_of(line), line["pruning.sparsity"]) == same)
         return None if not pairs else of_pairs([*pairs.values()], WORSE, lambda pair: f" ({way(pair.pruned[0])})")
 
     return find
@@ -233,9 +234,14 @@ def smaller_files() -> Finding | None:
     return Finding(text, by["bfloat16"] >= 10, last([*dense.values(), *pruned]))
 
 
-def larger_pruned() -> Finding | None:
-    """Larger networks, pruned to as many weights as a smaller dense one has."""
-    dense = best_dense(swept())
+def larger_pruned(kind: str) -> Callable[[], Finding | None]:
+    """Larger networks, pruned to as many weights as a smaller dense one has: those that were trained for longest on the
+    texts of a kind, in TASKS."""
+    return lambda: _larger_pruned([line for line in swept() if task(line) == kind])
+
+
+def _larger_pruned(lines: list[dict]) -> Finding | None:
+    dense = best_dense(lines)
 
     def smaller(line: dict) -> tuple | None:
         """The dense network with the weights of a pruned larger one."""
@@ -246,10 +252,13 @@ def larger_pruned() -> Finding | None:
                 return key
         return None
 
-    text, verdicts, used = [], [], []
+    pruned = [line for line in lines if block_of(line) in SIZES and not line["converted"] and smaller(line)]
+    longest = max((line["training.epochs"] for line in pruned), default=0)
+    text, verdicts, used, beside = [], [], [], ""
     for block in SIZES:
         pairs = best(
-            lambda line, block=block: block_of(line) == block and bool(smaller(line)), lambda line: smaller(line) or ()
+            lambda line, block=block: line in pruned and (block_of(line), line["training.epochs"]) == (block, longest),
+            lambda line: smaller(line) or (),
         )
         for pair in pairs.values():
             text.append(f"{block} {pair.ratio - 1:+.1%}")
@@ -303,12 +312,12 @@ def faster_blocks() -> Finding | None:
 # --- N:M masks ---
 
 
-def trained_masks(nm: str, most: float) -> Callable[[], Finding | None]:
-    """A network that is trained with masks of a pattern beside the dense one, which it may exceed by this ratio, for
-    each task and cell."""
+def trained_masks(nm: str, most: float, cell: str) -> Callable[[], Finding | None]:
+    """A network of a cell that is trained with masks of a pattern beside the dense one, which it may exceed by this
+    ratio, for each text."""
 
     def find() -> Finding | None:
-        pairs = best(lambda line: line["pruning.nm"] == nm)
+        pairs = best(lambda line: (line["pruning.nm"], line["model.cell"]) == (nm, cell))
         return None if not pairs else of_pairs([*pairs.values()], most, lambda pair: ", masks drawn once")
 
     return find

@@ -66,7 +66,7 @@ def test_a_pruned_network_is_compared_with_the_dense_one_of_its_epochs(claims, m
 
     def verdict(*lines):
         monkeypatch.setattr(rules, "lines_of", lambda name: list(lines))
-        return blocks.pruned_blocks("4x4")()
+        return blocks.pruned_blocks("4x4", "gru")()
 
     pruned = {"block": "[4, 4]", "sparsity": 0.9}
     assert verdict() is None and verdict(swept()) is None
@@ -98,8 +98,9 @@ def test_a_pruned_network_is_compared_with_the_dense_one_of_its_epochs(claims, m
     assert "(50:" not in verdict(*letters, other).figure, "Python's documentation is another text in another version"
     worse = [swept(**{"model.cell": "egru"}), swept("lasso", 110.0, **pruned | {"model.cell": "egru"})]
     found = verdict(swept(), good, *worse)
-    assert "+4.0%" in found.figure and "+10.0% (lasso, DropConnect 0.1); EGRU" in found.figure
-    assert found.holds is False, "the worse of two cells decides"
+    assert "+4.0%" in found.figure and "EGRU" not in found.figure, "each cell has a row of its own"
+    found = blocks.pruned_blocks("4x4", "egru")()
+    assert found.figure.startswith("+10.0% (lasso, DropConnect 0.1); EGRU") and found.holds is False
 
 
 def test_converted_and_larger_networks_are_no_pruned_ones(claims, monkeypatch):
@@ -116,11 +117,15 @@ def test_converted_and_larger_networks_are_no_pruned_ones(claims, monkeypatch):
         ),
     ]
     monkeypatch.setattr(rules, "lines_of", lambda name: lines)
-    assert rules.trained_masks("4:8:both", 1.01)() is None and rules.adaprune("dense")() is None
+    assert rules.trained_masks("4:8:both", 1.01, "gru")() is None and rules.adaprune("dense")() is None
     half = rules.adaprune("half")()
     assert half.holds and half.figure.startswith("2:4: 102.0 beside 101.0 (+1.0%), without AdaPrune 109.0")
-    assert "4x4 -1.0% beside 8 and 4 units with as many weights; GRU of 12 and 4" in rules.larger_pruned().figure
-    assert rules.larger_pruned().holds is None, "nothing shows that the dense network was trained for long enough"
+    larger = rules.larger_pruned("word")()
+    assert "4x4 -1.0% beside 8 and 4 units with as many weights; GRU of 12 and 4" in larger.figure
+    assert larger.holds is None, "nothing shows that the dense network was trained for long enough"
+    assert rules.larger_pruned("character")() is None
+    lines += [line | {"training.epochs": 40, "perplexity_valid": 101.0} for line in (lines[0], lines[4])]
+    assert "4x4 +0.0% beside" in rules.larger_pruned("word")().figure, "the longest training counts"
     assert rules.lasso_helps().holds and "1x16 -0.9%" in rules.lasso_helps().figure
     sizes = rules.smaller_files()
     assert sizes.holds and "8.0 times with float32 values, 16.1 times with bfloat16" in sizes.figure
