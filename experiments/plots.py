@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 from command_line import command
-from pruning_claims import best_dense, block_of, by_seed, perplexity, rule_of, size_of
+from pruning_claims import best_dense, block_of, by_seed, perplexity, rule_of, size_of, units
 
 from eventrnn.canvas import BLUE, GREY, HUES, INK, MARKS, ORANGE, new_figure, plain_axes, saved
 from eventrnn.pruning.nm import mask_diversity
@@ -107,22 +107,18 @@ def points(lines: list[dict]) -> list[dict]:
 
 
 def draw_pruned(lines: list[dict], figures: Path) -> None:
-    """Draw perplexity over sparsity by rule and block, and over the diversity of masks, for the network and the number
-    of epochs with the most lines. A point is the mean over seeds: of the training that reads best, and for masks of the
-    one that most patterns have in common."""
+    """Draw perplexity over sparsity by rule and block, for the network and the number of epochs with the most lines,
+    and over the diversity of masks, for every network. A point is the mean over seeds of the training that reads best.
+    """
     size = Counter(map(size_of, lines)).most_common(1)[0][0]
     same = [line for line in lines if size_of(line) == size and not line["converted"]]
     dense = [perplexity(group) for group in best_dense(same).values()]
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    masked: dict[tuple, list[tuple[str, float, float]]] = {}
     for group in sorted(by_seed(same), key=perplexity):
         line, value = group[0], perplexity(group)
-        if line["pruning.nm"]:
-            way = tuple(each for each in rule_of(line) if each[0] != "pruning.nm")
-            masked.setdefault(way, []).append((line["pruning.nm"], diversity(line["pruning.nm"]), value))
-        elif line["pruning.sparsity"]:
+        if line["pruning.sparsity"] and not line["pruning.nm"]:
             rule = line["pruning.scope"] or line["pruning.method"]
-            points = panels.setdefault(rule, {}).setdefault(block_of(line), [])
+            points = panels.setdefault(rule, {}).setdefault(block_of(line) or "1x1", [])
             if line["pruning.sparsity"] not in [share for share, _ in points]:
                 points.append((line["pruning.sparsity"], value))
     if dense and any(len(points) > 1 for panel in panels.values() for points in panel.values()):
@@ -130,12 +126,33 @@ def draw_pruned(lines: list[dict], figures: Path) -> None:
         print(f"wrote {figures / 'blocks.png'}: {len(same)} points")
     else:
         print("blocks.png: not drawn, it needs the dense network and two sparsities of a rule and a block")
-    masks = max(masked.values(), key=len, default=[])
-    if dense and len(masks) > 1:
-        draw_diversity(masks, dense[0], figures / "diversity.png")
-        print(f"wrote {figures / 'diversity.png'}: {len(masks)} points")
+    masks = masked_networks(lines)
+    if masks:
+        draw_diversity(masks, figures / "diversity.png")
+        print(f"wrote {figures / 'diversity.png'}: {len(masks)} networks")
     else:
-        print("diversity.png: not drawn, it needs the dense network and two patterns of masks")
+        print("diversity.png: not drawn, it needs a dense network and the same in two patterns of masks")
+
+
+def masked_networks(lines: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Network in words -> pattern of masks -> perplexity per seed, by that of the dense network: of each text, cell and
+    size the longest training, and of that the time of drawing masks that reads best, with two patterns or more."""
+    found: dict[str, dict[str, list[float]]] = {}
+    trained = [line for line in lines if not line["converted"] and line["pruning.nm"]]
+    dense = best_dense(lines)
+    for size in sorted(set(map(size_of, trained)), key=lambda size: -size[-1]):
+        ways: dict[tuple, dict[str, list[float]]] = {}
+        for group in by_seed(line for line in trained if size_of(line) == size):
+            first = group[0]
+            way = tuple(each for each in rule_of(first) if each[0] != "pruning.nm")
+            if size in dense:
+                ratios = [line["perplexity_valid"] / perplexity(dense[size]) for line in group]
+                ways.setdefault(way, {})[first["pruning.nm"]] = ratios
+        several = [way for way in ways.values() if len(way) > 1]
+        name = f"{size[1].upper()} of {units({'model.hidden': size[2]})} units, by {size[0].split()[0]}s"
+        if several and name not in found:
+            found[name] = min(several, key=lambda way: np.mean([np.mean(ratios) for ratios in way.values()]))
+    return found
 
 
 def diversity(nm: str) -> float:
@@ -145,14 +162,25 @@ def diversity(nm: str) -> float:
     return math.log2(masks["transposable" if axis == "both" else "structured"]) / 64
 
 
-def draw_diversity(masks: list[tuple[str, float, float]], dense: float, path: Path) -> Figure:
-    """Perplexity over the diversity of masks, (pattern, bits per weight, perplexity) each, beside the dense network."""
-    figure = new_figure(5.2, 3.4)
+def draw_diversity(networks: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Figure:
+    """Perplexity beside that of the dense network over the diversity of masks.
+
+    networks : network in words -> pattern -> perplexity per seed, by that of the dense network. A bar spans the seeds
+    """
+    figure = new_figure(6.4, 3.6)
     panel = figure.subplots()
-    panel.axhline(dense, color=GREY, linewidth=1, linestyle="--", label="not pruned")
-    for k, (name, bits, value) in enumerate(sorted(masks)):
-        panel.scatter([bits], [value], color=HUES[k % len(HUES)], marker=MARKS[k % len(MARKS)], label=name)
-    panel.set(xlabel="bits per weight to choose a mask", ylabel="perplexity (validation)")
+    panel.axhline(0, color=GREY, linewidth=1, linestyle="--", label="not pruned")
+    for k, (name, patterns) in enumerate(networks.items()):
+        for pattern, ratios in sorted(patterns.items(), key=lambda each: diversity(each[0])):
+            # Networks beside one another, so that their bars can be told apart.
+            bits, cost = diversity(pattern) + 0.004 * (k - (len(networks) - 1) / 2), 100 * (np.asarray(ratios) - 1)
+            span = [[cost.mean() - cost.min()], [cost.max() - cost.mean()]]
+            first = pattern == min(patterns, key=diversity)
+            look = {"color": HUES[k % len(HUES)], "marker": MARKS[k % len(MARKS)], "markersize": 5, "capsize": 2}
+            panel.errorbar([bits], [cost.mean()], yerr=span, label=name if first else None, **look)
+    patterns = sorted({pattern for each in networks.values() for pattern in each}, key=diversity)
+    panel.set_xticks([diversity(each) for each in patterns], [f"{each}\n{diversity(each):.2f}" for each in patterns])
+    panel.set(xlabel="pattern, and bits per weight to choose a mask", ylabel="perplexity over dense (%)")
     panel.legend(fontsize=8, frameon=False)
     plain_axes(panel)
     return saved(figure, path)
@@ -316,19 +344,18 @@ def pruning_curves(
     points = [point for lines in panels.values() for line in lines.values() for point in line]
     if not points or not (np.isfinite(np.array(points)).all() and np.isfinite(dense)):
         raise ValueError(f"panels: got {dict(panels)} beside {dense}, need at least one point, all of them finite")
+    names = sorted({label for lines in panels.values() for label in lines}, key=lambda name: (len(name), name))
+    looks = {
+        name: {"color": HUES[k % len(HUES)], "marker": MARKS[k % len(MARKS)], "markersize": 4, "linewidth": 1.2}
+        for k, name in enumerate(names)
+    }
     figure = new_figure(3.6 * len(panels), 3.4)
-    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    every = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (name, lines) in zip(every, panels.items(), strict=True):
         axes.axhline(dense, color=GREY, linewidth=1, linestyle="--", label="not pruned")
-        for k, (label, line) in enumerate(lines.items()):
+        for label, line in lines.items():
             share, value = np.asarray(sorted(line), float).T
-            look = {
-                "color": HUES[k % len(HUES)],
-                "marker": MARKS[k % len(MARKS)],
-                "markersize": 4,
-                "linewidth": 1.2,
-            }
-            axes.plot(100 * share, value, label=label, **look)
+            axes.plot(100 * share, value, label=label, **looks[label])
         axes.set(xlabel="weights pruned (%)", yscale="log")
         axes.set_title(name, loc="left", fontsize=10)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
@@ -336,7 +363,9 @@ def pruning_curves(
         axes.yaxis.set_minor_formatter("")
         plain_axes(axes)
     every[0].set_ylabel(f"{quality} (validation)")
-    every[0].legend(fontsize=8, frameon=False)
+    marks = {label: mark for axes in every for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = ["not pruned", *names]
+    figure.legend([marks[name] for name in order], order, loc="outside right upper", fontsize=8, frameon=False)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return saved(figure, path)
