@@ -19,10 +19,13 @@ from rich.table import Table
 
 from eventrnn import bench
 from eventrnn.cli.terminal import progress
+from eventrnn.pruning.patterns import parse_nm
+from eventrnn.weights.nm import AXES
 
 RESULTS = Path(__file__).parent / "results" / "cpu_training.jsonl"
-KEY = ("commit", "batch", "sparsity_asked", "threads", "input_gradient")
-# Batch, share of blocks pruned, threads, input gradient, and per baseline the speed-up to reach ("": no goal).
+KEY = ("commit", "batch", "sparsity_asked", "nm", "threads", "input_gradient")
+# Batch, share of blocks pruned or pattern of masks, threads, input gradient, and per baseline the speed-up to reach
+# ("": no goal).
 CASES = (
     (20, 0.0, 2, "open", {"torch": 2.5, "torch-loop": "", "torch-loop-indexed": 4}),
     (80, 0.0, 2, "open", {"torch": 3, "torch-loop": "", "torch-loop-indexed": 7}),
@@ -35,7 +38,22 @@ CASES = (
     (80, 0.0, 1, "open", {"torch": ""}),
     (20, 0.9, 1, "open", {"torch": ""}),
     (80, 0.9, 1, "open", {"torch": ""}),
+    (20, "2:4", 1, "open", {"dense": "", "torch": ""}),
+    (80, "2:4", 1, "open", {"dense": "", "torch": ""}),
+    (20, "1:8", 1, "open", {"dense": "", "torch": ""}),
 )
+
+
+def asked_of(case: tuple) -> dict:
+    """The fields that a line has for one of the CASES."""
+    batch, pruned, threads, inputs, _ = case
+    share, nm = (0.0, f"{pruned}:post") if isinstance(pruned, str) else (pruned, None)
+    return {"batch": batch, "sparsity_asked": share, "nm": nm, "threads": threads, "input_gradient": inputs}
+
+
+def pruned_of(case: tuple) -> str:
+    """What is pruned in one of the CASES, in words."""
+    return f"{case[1]} masks" if isinstance(case[1], str) else f"{case[1]:.0%} pruned"
 
 
 def show(records: Records) -> Table:
@@ -55,20 +73,22 @@ def show(records: Records) -> Table:
         "indexed ms",
         "faster",
         "goal",
+        "dense ms",
+        "faster",
     )
     table = Table(*columns, "operations", title=f"1350 units, 70 steps, 10 % active, 10 % support: {records.device}")
-    for batch, sparsity, threads, inputs, goals in CASES:
-        case = {"batch": batch, "sparsity_asked": sparsity, "threads": threads, "input_gradient": inputs}
-        line = records.of(case)
+    for case in CASES:
+        batch, _, threads, inputs, goals = case
+        line = records.of(asked_of(case))
         if line is None:
             continue
         cells = []
-        for baseline in ("torch", "torch-loop", "torch-loop-indexed"):
+        for baseline in ("torch", "torch-loop", "torch-loop-indexed", "dense"):
             each = line["against_each"].get(baseline)
             cells += [f"{each['ms_per_iteration']:.0f}", f"{each['speedup']:.2f}"] if each else ["", ""]
-            if baseline != "torch-loop":
+            if baseline in ("torch", "torch-loop-indexed"):
                 cells.append(f"{goals.get(baseline, '')}")
-        head = (str(batch), f"{sparsity:.0%}", str(threads), inputs)
+        head = (str(batch), pruned_of(case), str(threads), inputs)
         cells = [*head, f"{line['open']:.1%}", f"{line['ms_per_iteration']:.0f}", *cells]
         share = line["executed_per_iteration"] / line["dense_per_iteration"]
         table.add_row(*cells, f"{line['executed_per_iteration']:.3g} ({share:.1%} of dense)")
@@ -77,8 +97,8 @@ def show(records: Records) -> Table:
 
 def name_of(case: tuple) -> str:
     """The name of one of the CASES."""
-    batch, sparsity, threads, inputs, _ = case
-    return f"batch {batch}, {sparsity:.0%} pruned, {threads} threads, {inputs} input gradients"
+    batch, _, threads, inputs, _ = case
+    return f"batch {batch}, {pruned_of(case)}, {threads} threads, {inputs} input gradients"
 
 
 def main(
@@ -101,14 +121,14 @@ def main(
         with progress() as report:
             for done, asked in enumerate(cases):
                 report("cases", done, len(cases), name_of(asked))
-                batch, sparsity, threads, inputs, baselines = asked
-                case = {"batch": batch, "threads": threads, "input_gradient": inputs}
-                against = only_baselines.split(",") if only_baselines else list(baselines)
-                line = records.of(case | {"commit": at, "sparsity_asked": sparsity})
+                case = asked_of(asked)
+                against = only_baselines.split(",") if only_baselines else list(asked[-1])
+                line = records.of(case | {"commit": at})
                 if again or line is None or not set(against) <= line["against_each"].keys():
-                    case |= {"sparsity": sparsity, "repeats": repeats}
-                    records.add(bench.training(**case, against=",".join(against)))
-    console = Console(width=170)
+                    case["sparsity"] = case.pop("sparsity_asked")
+                    case["nm"] = case["nm"] and parse_nm(case["nm"], AXES)
+                    records.add(bench.training(**case, repeats=repeats, against=",".join(against)))
+    console = Console(width=190)
     console.print(show(records))
 
 

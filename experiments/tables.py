@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from bench_training import CASES as TRAINING_CASES
+from bench_training import asked_of
 from command_line import command
 from cpu_tables import cpu_blocks, cpu_layer, cpu_other, cpu_product
 from gated_words import VARIANTS
@@ -100,9 +101,10 @@ def training() -> str:
     with indexed steps as in the published code.
     """
     lines, rows = read("cpu_training"), []
-    cases = sorted(TRAINING_CASES, key=lambda case: (case[3] == "all", case[1], case[0], case[2]))
-    for batch, sparsity, threads, inputs, _ in cases:
-        line = last(lines, batch=batch, sparsity_asked=sparsity, threads=threads, input_gradient=inputs)
+    cases = [case for case in TRAINING_CASES if not asked_of(case)["nm"]]
+    for case in sorted(cases, key=lambda case: (case[3] == "all", case[1], case[0], case[2])):
+        batch, sparsity, threads, inputs, _ = case
+        line = last(lines, **asked_of(case))
         if line is None:
             continue
         cells = ["90 % of 1x64 blocks pruned" if sparsity else "dense", str(batch), str(threads), inputs]
@@ -125,6 +127,30 @@ def training() -> str:
         "indexed loop, ms",
         "times faster",
         "executed / dense",
+    )
+    return table(columns, rows)
+
+
+def masked_training() -> str:
+    """The same window with one N:M mask per matrix, forward and backward, beside this engine with the same weights
+    stored dense. The bits of 50 % of the weights are no whole vectors, so that a pruned weight is not skipped for free
+    (`python experiments/bench_training.py --only masks --results experiments/results/cpu_training_other.jsonl`).
+    """
+    lines, rows = read("cpu_training_other"), []
+    for case in TRAINING_CASES:
+        asked = asked_of(case)
+        line = last(lines, **asked) if asked["nm"] else None
+        if line is None:
+            continue
+        dense, torch = (line["against_each"][name] for name in ("dense", "torch"))
+        cells = [case[1], str(case[0]), str(case[2]), number(line["ms_per_iteration"])]
+        cells += [number(dense["ms_per_iteration"]), times(dense["speedup"])]
+        cells += [number(torch["ms_per_iteration"]), times(torch["speedup"])]
+        cells.append(f"{line['executed_per_iteration'] / line['dense_per_iteration']:.1%}")
+        rows.append((cells, [line]))
+    columns = (
+        *("masks", "batch", "threads", "ms", "stored dense, ms", "times faster"),
+        *("`nn.GRU`, ms", "times faster", "executed / dense"),
     )
     return table(columns, rows)
 
@@ -409,6 +435,7 @@ SECTIONS = {
     "Phases of the cluster kernel": cluster_phases,
     "Silence": silence,
     "A training window": training,
+    "A training window with N:M masks": masked_training,
     "Training on a GPU": gpu_training,
     "Training on several GPUs": several_gpus,
     "The learning curve of a word model on a GPU": learning,

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from numpy.testing import assert_allclose
 from typer.testing import CliRunner
 
 from eventrnn.bench import TRAINING_BASELINES, TrainingCase, training
 from eventrnn.cli import app
+from eventrnn.training.bptt.model import Model
 
 SMALL = {"hidden": 96, "batch": 8, "steps": 12, "repeats": 3, "activity": 0.2, "support": 0.2}
 
@@ -20,6 +22,8 @@ SMALL = {"hidden": 96, "batch": 8, "steps": 12, "repeats": 3, "activity": 0.2, "
         ({"support": 0.0}, "support"),
         ({"sparsity": 1.0}, "sparsity"),
         ({"block": (1, 16)}, "without a sparsity"),
+        ({"nm": (2, 4, "post"), "sparsity": 0.9}, "masks fix the share"),
+        ({"nm": (5, 4, "post")}, "need n of each m"),
         ({"backward": "fast"}, "backward"),
         ({"against": "jax"}, "against"),
         ({"input_gradient": "some"}, "input_gradient"),
@@ -42,7 +46,13 @@ def test_beside_the_bridge_both_sides_compute_the_whole_input_gradient():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sparsity": 0.8, "block": (1, 32)}, {"backward": "dense"}, {"input_gradient": "all", "backward": "sparse"}],
+    [
+        {},
+        {"sparsity": 0.8, "block": (1, 32)},
+        {"nm": (1, 4, "pre")},
+        {"backward": "dense"},
+        {"input_gradient": "all", "backward": "sparse"},
+    ],
 )
 def test_reported_counts_belong_to_the_timed_window(changes):
     result = training(against="none", **(SMALL | changes))
@@ -54,9 +64,25 @@ def test_reported_counts_belong_to_the_timed_window(changes):
     # Forward, weight gradient and gradient of the inputs of both matrices; no layer reads the events of the last step.
     rows = 96 * 3 * 96 * 8
     assert result["dense_per_iteration"] == rows * (12 * 5 + 11)
-    if changes.get("sparsity"):
-        assert 0.79 <= result["sparsity"] <= 0.81
+    if changes.get("sparsity") or changes.get("nm"):
+        assert (0.74 if changes.get("nm") else 0.79) <= result["sparsity"] <= 0.81
         assert result["executed_per_iteration"] < 0.3 * result["dense_per_iteration"]
+
+
+def test_pruned_weights_are_timed_beside_the_same_weights_stored_dense(monkeypatch):
+    """The dense side computes the gradients of the kept weights with the same values, within rounding."""
+    made, found = [], Model.backward
+
+    def backward(model, *given, **options):
+        made.append(found(model, *given, **options))
+        return made[-1]
+
+    monkeypatch.setattr(Model, "backward", backward)
+    result = training(against="dense", nm=(1, 4, "post"), **SMALL)
+    assert result["against_each"].keys() == {"dense"} and result["nm"] == "1:4:post"
+    # A quarter of the weights has a gradient on one side, and all of them on the other.
+    ours, dense = ({each["layers.0.w_rec"].size: each for each in made}[size] for size in (96 * 72, 96 * 288))
+    assert_allclose(ours["layers.0.bias_in"], dense["layers.0.bias_in"], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.torch

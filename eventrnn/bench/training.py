@@ -20,11 +20,13 @@ from eventrnn.counting.counts import Counts
 from eventrnn.network import Network
 from eventrnn.state import State
 from eventrnn.training.bptt.model import BACKWARDS, Model, Tape
+from eventrnn.weights import check_nm, convert
 
 #: "torch": torch.nn.GRU, a dense model of the same size; "torch-loop": the same cell as a PyTorch loop whose drives of
 #: all steps come from one operation; "torch-loop-indexed": the loop of the published code (EvNN's `EGRUScript`), which
-#: indexes the drives in every step; "torch-bridge": `eventrnn.torch.EGRU`, this engine as a module
-TRAINING_BASELINES = ("torch", "torch-loop", "torch-loop-indexed", "torch-bridge")
+#: indexes the drives in every step; "torch-bridge": `eventrnn.torch.EGRU`, this engine as a module; "dense": this
+#: engine with the same weights stored dense, so that pruned ones are multiplied and get a gradient
+TRAINING_BASELINES = ("torch", "torch-loop", "torch-loop-indexed", "torch-bridge", "dense")
 
 INPUT_GRADIENTS = ("open", "all", "none")
 
@@ -48,6 +50,8 @@ class TrainingCase:
     support   : share of (unit, step, sample) with a non-zero surrogate derivative, whether the unit fired or not
     sparsity  : share of blocks left out
     block     : (presynaptic, postsynaptic) sizes of a block; only with a sparsity
+    nm        : (n, m, "post" or "pre"), the weights kept of each group, in place of blocks; forward and backward pass
+                have the same mask
     backward  : "auto", "sparse" or "dense"
     input_gradient : "open": only where a layer below with the same activity and support could use it; "all"; or "none".
                      PyTorch computes all of it or none, and so does a module of PyTorch around this engine: beside
@@ -66,6 +70,7 @@ class TrainingCase:
     support: float = 0.1
     sparsity: float = 0.0
     block: tuple[int, int] | None = None
+    nm: tuple[int, int, str] | None = None
     backward: str = "auto"
     input_gradient: str = ""
     threads: int = 1
@@ -88,6 +93,13 @@ class TrainingCase:
             need_pair("block", self.block, "two sizes >= 1 (presynaptic x postsynaptic)")
         if self.block is not None and not self.sparsity:
             raise ValueError(f"block: got {self.block} without a sparsity, so nothing is pruned; give one, or no block")
+        if self.nm is not None:
+            check_nm(*self.nm)
+            if self.sparsity:
+                raise ValueError(
+                    f"nm: got {self.nm} beside a sparsity of {self.sparsity}, but masks fix the share of weights; give "
+                    "one of the two"
+                )
         need_choice("backward", self.backward, BACKWARDS)
         for baseline in self.baselines:
             if baseline not in TRAINING_BASELINES:
@@ -124,9 +136,9 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
     rng = np.random.default_rng(asked.seed)
     report("making a network")
     block = asked.block or ((1, 64) if asked.sparsity else None)
-    form = "block" if block else "dense"
+    form = "nm" if asked.nm else ("block" if block else "dense")
     network = random_network(
-        asked.hidden, 1, sparsity=asked.sparsity, format=form, block=block, variant="evnn", rng=rng
+        asked.hidden, 1, sparsity=asked.sparsity, format=form, block=block, nm=asked.nm, variant="evnn", rng=rng
     )
     inputs = random_events(asked.steps, asked.batch, asked.hidden, asked.activity, rng)
     x = inputs.to_dense()
@@ -139,7 +151,7 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
 
     def ours() -> tuple[Tape, dict[str, np.ndarray]]:
         _, _, tape = model.forward(x, state)
-        return tape, model.backward(tape, d_output, d_inputs=d_inputs, stored=block is not None)
+        return tape, model.backward(tape, d_output, d_inputs=d_inputs, stored=form != "dense")
 
     with limited(asked.threads):
         report("compiling")
@@ -155,7 +167,12 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
         figures = _measured(asked, network, tape)
         del tape, gradients
         whole = asked.input_gradient != "none"
-        baselines = {name: _baseline(name, network, x, d_output, whole, asked.threads) for name in asked.baselines}
+        baselines = {
+            name: _dense_window(asked, network, x, d_output, d_inputs)
+            if name == "dense"
+            else _baseline(name, network, x, d_output, whole, asked.threads)
+            for name in asked.baselines
+        }
         for name in baselines:
             if name in LOOPS:
                 report(f"comparing gradients with {name}")
@@ -174,6 +191,7 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
     record = asdict(asked)
     record["activity_asked"], record["support_asked"] = record.pop("activity"), record.pop("support")
     record["sparsity_asked"], record["block"] = record.pop("sparsity"), f"{block[0]}x{block[1]}" if block else None
+    record["nm"] = ":".join(map(str, asked.nm)) if asked.nm else None
     result |= figures | {"compile_seconds": compile_seconds} | record | peak(asked.threads)
     return result | {"device": device(), "versions": versions()}
 
@@ -234,6 +252,21 @@ def _gru_window(network: Network, x: np.ndarray, d_output: np.ndarray, input_gra
         for parameter in (*gru.parameters(), given):
             parameter.grad = None
         gru(given)[0].backward(upstream)
+
+    return run
+
+
+def _dense_window(
+    asked: TrainingCase, network: Network, x: np.ndarray, d_output: np.ndarray, d_inputs: bool | np.ndarray
+) -> Run:
+    """The same window by this engine, with the weights of the network stored dense."""
+    dense = {name: convert(weights.to_dense(), "dense") for name, weights in network.matrices().items()}
+    model = Model(network.with_matrices(dense), backward=asked.backward, threads=asked.threads)
+    state = State.zeros(network, asked.batch)
+
+    def run() -> None:
+        _, _, tape = model.forward(x, state)
+        model.backward(tape, d_output, d_inputs=d_inputs)
 
     return run
 

@@ -110,6 +110,10 @@ class TrainingOptions:
     block: Annotated[
         str | None, typer.Option("--block", metavar="RxC", help="Size of a block, if a sparsity is given. [1x64]")
     ] = None
+    nm: Annotated[
+        str | None,
+        typer.Option("--nm", metavar="N:M[:pre]", help="Weights kept of each group, in place of blocks."),
+    ] = None
     backward: Annotated[str, typer.Option(help="Kernels of the backward products: auto, sparse or dense.")] = "auto"
     input_gradient: Annotated[
         str,
@@ -127,8 +131,8 @@ class TrainingOptions:
         str | None,
         typer.Option(
             help="Baselines, separated by commas: torch (nn.GRU), torch-loop, torch-loop-indexed (this cell), "
-            "torch-bridge; with cuda cudnn (nn.GRU and nn.LSTM), evnn-style, torch-loop, torch-bridge; or none. "
-            "[torch; cuda: cudnn]"
+            "torch-bridge, dense (this engine without pruning); with cuda cudnn (nn.GRU and nn.LSTM), evnn-style, "
+            "torch-loop, torch-bridge; or none. [torch; cuda: cudnn]"
         ),
     ] = None
     repeats: Annotated[int, typer.Option(help="Number of interleaved rounds; medians are reported.")] = 7
@@ -144,7 +148,8 @@ def training(given: TrainingOptions) -> None:
 
     if given.backend not in ("cpu", "cuda"):
         raise ValueError(f"backend: got {given.backend!r}, need cpu or cuda")
-    chosen = {name: value for name, value in _case(given).items() if value is not None and name != "backend"}
+    case = _case(given) | {"nm": parse_nm(given.nm, AXES) if given.nm else None}
+    chosen = {name: value for name, value in case.items() if value is not None and name != "backend"}
     measure, kind = bench.training, bench.TrainingCase
     if given.backend == "cuda":
         from eventrnn.bench import gpu_training
