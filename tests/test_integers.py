@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from eventrnn.backend import INTEGERS
 from eventrnn.bench import Case
-from eventrnn.cells import CELLS, Cell
 from eventrnn.cpu.plan import FORMAT, KernelPolicy
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
@@ -22,8 +21,7 @@ from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.weights import BlockCSR, convert
 from support import tolerance
 from support.conformance import assert_same, assert_same_state
-
-BLOCKS = ((1, 64), (3, 64), (1, 128))
+from support.wide_blocks import in_blocks, wide_block_networks
 
 
 def coded(weights: BlockCSR) -> CodedWeights:
@@ -31,40 +29,8 @@ def coded(weights: BlockCSR) -> CodedWeights:
     return CodedWeights(weights.codes(), weights.scales, weights.integer_bits())
 
 
-def in_blocks(dense: np.ndarray, block=(1, 64)) -> BlockCSR:
-    weights = convert(dense.astype(np.float32), "block", block=block, storage="int8")
-    assert isinstance(weights, BlockCSR)
-    return weights
-
-
-@st.composite
-def int8_networks(draw) -> Network:
-    """Networks whose matrices are int8 blocks, at least one of them of 64 columns or more."""
-    cell = Cell(variant=draw(st.sampled_from(CELLS["egru"])))
-    units, rng = (
-        draw(st.lists(st.integers(43, 70), min_size=1, max_size=2)),
-        np.random.default_rng(draw(st.integers(0, 99))),
-    )
-    network = Network.random(
-        units,
-        inputs=draw(st.integers(3, 90)),
-        readout=draw(st.sampled_from((None, 70))),
-        rng=rng,
-        threshold=0.1,
-        cell=cell,
-    )
-    blocks = {name: draw(st.sampled_from(BLOCKS)) for name in network.matrices()}
-    blocks |= {name: (1, 64) for name, weights in network.matrices().items() if weights.shape[1] < 128}
-    return network.with_matrices(
-        {
-            name: in_blocks(weights.to_dense() * 3 * (rng.random(weights.shape) < 0.6), blocks[name])
-            for name, weights in network.matrices().items()
-        }
-    )
-
-
 @given(
-    network=int8_networks(),
+    network=wide_block_networks(("int8",)),
     batch=st.integers(1, 3),
     threads=st.integers(1, 3),
     seed=st.integers(0, 9),

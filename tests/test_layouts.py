@@ -41,6 +41,7 @@ CONSTANTS = st.fixed_dictionaries(
         "FILL": st.sampled_from((-NEVER, NEVER)),
         "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),
         "FEW_SEGMENTS": st.sampled_from((0, 2, NEVER)),
+        "STRIP_TERMS": st.sampled_from((0, NEVER)),
         "PREFETCHED_BYTES": st.sampled_from((0, NEVER)),
         "LARGE_PAGE": st.sampled_from((1 << 12, 1 << 21)),
         "BLOCK_TILE_BYTES": st.sampled_from((1 << 8, 1 << 20)),
@@ -59,10 +60,10 @@ def test_every_layout_gives_the_bits_of_the_specification(backend, layout, data,
 @pytest.mark.parametrize(("block", "kind"), [((1, 64), BLOCKS), ((2, 4), BLOCKS), ((3, 5), SCATTER), ((1, 1), SCATTER)])
 def test_block_width_decides_the_layout(block, kind):
     network = in_format(Network.random([24], inputs=9, rng=np.random.default_rng(0)), "block", block)
-    with forced(INDICES):
+    with forced({**INDICES, "STRIP_TERMS": NEVER}):
         engine = cpu.CpuEngine(network, 1)
         assert {int(window[KIND]) for window in engine.plan(5, 1).column_tiles[0]} == {kind}
-    widths = {int(window[WIDTH]) for window in engine.plan(5, 1).column_tiles[0]}
+        widths = {int(window[WIDTH]) for window in engine.plan(5, 1).column_tiles[0]}
     assert widths == {block[1] if kind == BLOCKS else 1}
 
 

@@ -350,6 +350,8 @@ TRAVERSALS = {
     "scale of another unit, single weights": ("indices", network(fmt="csr", storage="int8")),
     "scale of another unit, masked weights": ("masks", network(fmt="csr", share=0.5, storage="int8")),
     "scale of another unit, blocks": ("blocks", network(fmt="block", block=(2, 4), storage="int8")),
+    "scale of another unit, strips": ("strips", network(units=24, fmt="block", block=(1, 64), storage="int8")),
+    "last event of a strip": ("strips", network(units=24, fmt="block", block=(1, 64))),
     "last event of blocks": ("blocks", network(fmt="block", block=(2, 4))),
     "scale of another unit, few blocks": ("few blocks", network(fmt="block", block=(2, 4), storage="int8")),
     "rest of a list dropped": ("few blocks", network(fmt="block", block=(2, 4))),

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn._integers import ceil_div
+from eventrnn.backend import INTEGERS
 from eventrnn.bench.kernels.probes import read_rows, read_through
 from eventrnn.counting.counts import events_by_matrix
 from eventrnn.cpu import engine as cpu
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.packing import PADDING
-from eventrnn.cpu.plan import Plan
+from eventrnn.cpu.plan import BY_STRIPS, FORMAT, KernelPolicy, Plan
 from eventrnn.cpu.single_product import Product
 from eventrnn.cpu.tables import (
     BLAS,
@@ -46,6 +47,20 @@ from eventrnn.cpu.tables import (
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation, simulate
+from eventrnn.weights import Weights
+
+
+class ByUnits(KernelPolicy):
+    """Selects kernels that read the weights unit by unit, as a probe does: the same bytes as others."""
+
+    def select_kernel(self, weights: Weights, rows: int, activity: float) -> str:
+        found = super().select_kernel(weights, rows, activity)
+        return FORMAT if found == BY_STRIPS else found
+
+    @staticmethod
+    def served(plan: Plan) -> bool:
+        """Whether a plan has such kernels only."""
+        return {BY_STRIPS, INTEGERS}.isdisjoint(plan.kernel_by_matrix.values())
 
 
 def product_reads(product: Product) -> list[Reads]:

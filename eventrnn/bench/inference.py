@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn.bench import gpu_inference, timing
-from eventrnn.bench.bandwidth import probes, product_reads, rows_read
+from eventrnn.bench.bandwidth import ByUnits, probes, product_reads, rows_read
 from eventrnn.bench.baselines import LayerBaselines, ProductBaselines
 from eventrnn.bench.c_blocks import compiled
 from eventrnn.bench.case import Case
@@ -57,8 +57,8 @@ def _layer(case: Case, report: Report) -> PreparedCase:
     counts = count(network, simulation)
     engine, state = backend.engine(network, threads=case.threads), State.zeros(network, case.batch)
     run_inputs = engine.prepare(inputs)
-    # The probe reads rows as the exact kernels do, the same bytes of them.
-    probed = engine if case.exact else CpuEngine(network, case.threads)
+    plan = engine.plan(case.steps, case.batch)
+    probed = engine if ByUnits.served(plan) else CpuEngine(network, case.threads, ByUnits())
     reads, baselines = rows_read(probed, network, simulation), LayerBaselines.of(case.baselines, network, inputs)
     return PreparedCase(
         ours=lambda: engine.run(run_inputs, state),
@@ -92,7 +92,7 @@ def _product(case: Case, report: Report) -> PreparedCase:
     ours = Product(weights, events, case.threads, KernelPolicy(case.exact))
     ours.run()
     compile_seconds = time.perf_counter() - started
-    probed = ours if case.exact else Product(weights, events, case.threads)
+    probed = ours if ByUnits.served(ours.plan) else Product(weights, events, case.threads, ByUnits())
     reads, baselines = product_reads(probed), ProductBaselines.of(case.baselines, ours)
     rows = case.steps * case.batch
     sent = np.bincount(events.indices, minlength=case.hidden)

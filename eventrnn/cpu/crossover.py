@@ -26,7 +26,7 @@ from eventrnn._kernel_files import source_digest
 from eventrnn.backend import INTEGERS
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.packing import is_single
-from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy, shares_blocks
+from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy, block_kernel
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
 from eventrnn.weights import BlockCSR, Dense, GatedBlocks, Weights, convert, takes_integers
@@ -176,8 +176,8 @@ class MeasuredPolicy(KernelPolicy):
         best = min(found, key=lambda name: found[name])
         if found[best] < MAX_RELATIVE_TIME * found[FORMAT]:
             return best
-        # The map knows one kernel for block segments; whether drive rows share its column tiles is a rule of thumb.
-        return TILED if shares_blocks(weights, rows, activity) else FORMAT
+        # The map knows one kernel for block segments.
+        return block_kernel(weights, rows, activity)
 
     def dense_activity_threshold(self, rows: int) -> float:
         return self.crossover.dense_activity_threshold(rows)

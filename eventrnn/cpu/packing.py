@@ -19,7 +19,8 @@ lie.
     BLOCKS         block segments of `WIDTH` columns, by unit   columns, shared by the      per unit: first and last
                                                                 units of a block row        index, first segment
     FEW_BLOCKS     as BLOCKS, for few narrow segments per unit
-    INTEGER_BLOCKS segments of 64 columns, by column and then by unit, for integer sums: `integer_products.py`
+    STRIPS         segments of 64 columns, by column and then by unit: `kernels/strips.py`
+    INTEGER_BLOCKS as STRIPS, for integer sums: `kernels/integer_products.py`
     GATED          pieces of blocks, one after the other    -                           the header of `tables.py`,
                                                                                         then the pieces
 
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import numpy as np
 
@@ -66,11 +68,15 @@ from eventrnn.cpu.tables import (
     SMALL_PANEL_BITS,
     STRIP_FIELDS,
     STRIP_GROUP,
+    STRIPS,
 )
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, GatedBlocks, Weights
 
 # Share of active units from which a tiled product visits every unit. A crossover map replaces this number.
 DENSE_ACTIVITY_THRESHOLD = 0.5
+
+# Columns of a strip, and units that 16 bits can number.
+STRIP_COLUMNS, MOST_STRIP_UNITS = max(SEGMENT_WIDTHS), 1 << 16
 
 # The number of columns that a 16-bit index of single weights can address.
 WIDEST_SCATTER = 1 << 16
@@ -184,7 +190,8 @@ def pack(
     segments   : columns to pack, ascending, side by side in a drive row
     dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES, BLAS or, for float32, IN_PLACE. With ROW_TILES
                  single weights get SINGLE_TILES, and block segments get several tiles of kind BLOCKS or FEW_BLOCKS.
-                 INTEGER_BLOCKS for block segments that `takes_integers` admits
+                 INTEGER_BLOCKS for block segments that `takes_integers` admits; STRIPS for those that `takes_strips`
+                 admits, if they fill the segments side by side
     dense_activity_threshold : activity from which ROW_TILES visit every unit
     held       : of gated blocks, the fields from PERIOD on (`HeldLayout.header`)
     """
@@ -207,8 +214,10 @@ def pack(
         segments_padded = [*segments[:-1], Segment(last.start, padded, last.position)]
         return _pack_single(pools, entries.placed(segments_padded), weights, segments)
     groups = _column_groups(weights, segments) if dense_kind == ROW_TILES else [segments]
-    pack_blocks = _pack_integer_blocks if dense_kind == INTEGER_BLOCKS else _pack_blocks
-    return [pack_blocks(pools, entries.placed(group), weights, group) for group in groups]
+    placed = [entries.placed(group) for group in groups]
+    if dense_kind == INTEGER_BLOCKS or (dense_kind == STRIPS and _side_by_side(placed[0], segments)):
+        return [_pack_strips(pools, placed[0], weights, segments, dense_kind)]
+    return [_pack_blocks(pools, each, weights, group) for each, group in zip(placed, groups, strict=True)]
 
 
 def check_format(name: str, weights: Weights) -> None:
@@ -222,6 +231,13 @@ def check_format(name: str, weights: Weights) -> None:
 def is_single(weights: Weights) -> bool:
     """Whether a matrix is packed as single weights: CSR, N:M, and blocks that no segment width divides."""
     return isinstance(weights, CSR | NM) or (isinstance(weights, BlockCSR) and _segment_width(weights) == 1)
+
+
+def takes_strips(weights: Weights) -> TypeGuard[BlockCSR]:
+    """Whether a matrix has segments that kernels of strips add, and few enough units to number them in 16 bits."""
+    return (
+        isinstance(weights, BlockCSR) and weights.block[1] % STRIP_COLUMNS == 0 and weights.shape[0] <= MOST_STRIP_UNITS
+    )
 
 
 def empty_column_tile() -> list[int]:
@@ -423,17 +439,20 @@ def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segme
     return [kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, far, scales, 0, 0]
 
 
-def _pack_integer_blocks(
-    pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]
+def _side_by_side(entries: _Entries, segments: list[Segment]) -> bool:
+    """Whether strips of the entries, without a gap or an overlap, are all columns of the segments."""
+    return bool(((entries.column - segments[0].position) % entries.width == 0).all())
+
+
+def _pack_strips(
+    pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment], kind: int
 ) -> list[int]:
-    """Block segments of some neighbouring columns, as a column tile of kind INTEGER_BLOCKS."""
+    """Block segments of some neighbouring columns, as a column tile of kind STRIPS or INTEGER_BLOCKS."""
     order = np.lexsort((entries.unit, entries.column))
     unit, column, values = entries.unit[order].astype(np.int64), entries.column[order], entries.values[order]
     low, high = _bounds(segments)
-    positions = np.arange(low, high, entries.width)
-    whole = bool(((column - low) % entries.width == 0).all())
-    if not whole:
-        positions = np.unique(column)
+    whole = _side_by_side(entries, segments)
+    positions = np.arange(low, high, entries.width) if whole else np.unique(column)
     base = np.searchsorted(column, positions)
     strip = np.searchsorted(positions, column)
     within = np.arange(len(unit)) - base[strip]
@@ -456,12 +475,11 @@ def _pack_integer_blocks(
     space = fired + ceil_div(len(unit) + int(within.max(initial=0)) + 1 + GROUP_SEGMENTS, 4)
     at = pools.add_pointers(np.concatenate([strips.ravel(), groups.ravel(), np.zeros(space, np.int64)]))
     index_at = pools.add_index(unit.astype(np.uint16))
-    values_at = pools.add_values(np.concatenate([tests.ravel().view(np.int8), values.ravel()]))
+    values_at = pools.add_values(np.concatenate([tests.ravel(), values.view(np.uint8).ravel()]))
     scales = _scales(pools, weights)
-    return [
-        *(INTEGER_BLOCKS, _storage(weights), *_bounds(segments), values_at, index_at, at),
-        *(weights.integer_bits(), len(positions), scales, int(whole), 0),
-    ]
+    width = weights.integer_bits() if kind == INTEGER_BLOCKS else entries.width
+    table = [kind, _storage(weights), low, high, values_at, index_at, at]
+    return [*table, width, len(positions), scales, int(whole), 0]
 
 
 def _column_groups(weights: BlockCSR, segments: list[Segment]) -> list[list[Segment]]:

@@ -25,7 +25,8 @@ import numpy as np
 #   POINTERS    offset in `WeightPools.pointers`; IN_PLACE: address of the network's own array
 #   WIDTH       columns per row, or per block segment; INTEGER_BLOCKS: bits of a rounded value without its sign
 #   PITCH       weights from one row to the next; MASKED: mask words per unit; SINGLE_TILES: columns of a panel;
-#               BLOCKS: 1 where each event prefetches weights of the next one, else 0; INTEGER_BLOCKS: strips
+#               BLOCKS: 1 where each event prefetches weights of the next one, else 0; STRIPS, INTEGER_BLOCKS:
+#               strips
 #   SCALES      offset of the scales of int8 weights in `WeightPools.values`
 #   DENSE_FROM  ROW_TILES: active units per drive row from which the product visits every unit; INTEGER_BLOCKS: 1 where
 #               the strips are all columns of the tile, side by side
@@ -35,7 +36,9 @@ KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_F
 FIELDS = 12
 
 #: kinds of column tiles; `packing.py` describes their layouts
-ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, FEW_BLOCKS, BLAS, GATED, IN_PLACE, INTEGER_BLOCKS = range(11)
+ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, FEW_BLOCKS, BLAS, GATED, IN_PLACE = range(10)
+
+STRIPS, INTEGER_BLOCKS = 10, 11
 
 # Columns of a tile of kind ROW_TILES or SINGLE_TILES: 64 drive rows of such a tile fit the L1 cache beside the weights
 # that pass through.
@@ -94,7 +97,7 @@ GATED_PIECE = 256
 # Drive rows that a product with gated blocks computes together, so that they share the weights they read.
 GATED_ROWS = 64
 
-# A tile of kind INTEGER_BLOCKS (`kernels/integer_products.py`) has a table of strips, and one of groups of segments.
+# A tile of kind STRIPS or INTEGER_BLOCKS (`kernels/strips.py`) has a table of strips, and one of groups of segments.
 #   STRIP_POSITION  position in a drive row
 #   STRIP_GROUP     number of its first group, from 0
 #   STRIP_BASE      number of its first segment

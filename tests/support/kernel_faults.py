@@ -47,6 +47,8 @@ KERNEL_FAULTS: dict[str, Edit] = {
     "scale of another unit, masked weights": _SCALE_OF_ANOTHER_UNIT,
     "scale of another unit, blocks": becoming(assigned(9), "X + ON"),
     "scale of another unit, few blocks": _SCALES_OF_OTHER_COLUMNS,
+    "scale of another unit, strips": becoming(argument(5), "X + ON"),
+    "last event of a strip": becoming(argument(14), "X - ON"),
     "last event of blocks": becoming(assigned(13), "X - ON"),
     "scale of another unit, panels": _SCALES_OF_OTHER_COLUMNS,
     "scale of another unit, panels of single weights": becoming(argument(6), "X + ON"),

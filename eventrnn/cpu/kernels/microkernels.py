@@ -68,7 +68,7 @@ NEXT_LINES = 8
 MULTIPLY_ROWS, MULTIPLY_VECTORS = (5, 4) if AVX512 else (2, 1)
 
 
-def _scale_of(context, builder, weights, kind, scales, s0, unit, width: int = LANES):
+def scale_of(context, builder, weights, kind, scales, s0, unit, width: int = LANES):
     """The scale of a unit in every lane for int8 weights, and ones for the storages without scales."""
     if weights != types.int8:
         return ir.Constant(ir.VectorType(FLOAT, width), [1.0] * width)
@@ -110,7 +110,7 @@ def _sum_rows(context, builder, kinds, args, vectors, far, column):
             emit_prefetch(builder, lane(builder, upcoming, k))
     source = row(event)
     value = splat(builder, builder.load(builder.gep(value_at, [event])))
-    scale = _scale_of(context, builder, kinds[2].dtype, kinds[5], args[5], args[6], unit_of(event))
+    scale = scale_of(context, builder, kinds[2].dtype, kinds[5], args[5], args[6], unit_of(event))
     weight = [load_weights(builder, lane(builder, source, k), LANES, scale) for k in range(vectors)]
     after = [fma_vector(builder, w, value, total) for w, total in zip(weight, sums, strict=True)]
     following = builder.add(event, I64(1))
@@ -319,7 +319,7 @@ def _add_blocks(vectors: int, width: int):
                     for k in range(NEXT_LINES):
                         emit_prefetch(builder, builder.gep(upcoming, [I64(k * LINE * 8 // kinds[6].dtype.bitwidth)]))
                 value = splat(builder, builder.load(builder.gep(value_at, [event])), width)
-                scale = _scale_of(context, builder, kinds[6].dtype, kinds[8], args[8], args[9], unit, width)
+                scale = scale_of(context, builder, kinds[6].dtype, kinds[8], args[8], args[9], unit, width)
                 begin, segments = pointer(unit, 0), weights_of(unit)
                 column_of = builder.gep(column_at, [begin])
 
@@ -383,7 +383,7 @@ def _multiply(rows: int, vectors: int):
                 phi.add_incoming(value, entry)
             unit = builder.add(first, k)
             row = builder.gep(source, [builder.mul(unit, pitch)])
-            scale = _scale_of(context, builder, kinds[3].dtype, kinds[6], args[6], args[7], unit)
+            scale = scale_of(context, builder, kinds[3].dtype, kinds[6], args[6], args[7], unit)
             weight = [load_weights(builder, lane(builder, row, i), LANES, scale) for i in range(vectors)]
             value = [splat(builder, builder.load(builder.gep(x_row, [unit]))) for x_row in x_rows]
             after = [fma_vector(builder, weight[i], value[b], total) for (b, i), total in zip(tile, sums, strict=True)]

@@ -33,6 +33,7 @@ from eventrnn.cpu.kernels.row_products import (
 )
 from eventrnn.cpu.kernels.silence import rest, rest_paper
 from eventrnn.cpu.kernels.spmm import copy
+from eventrnn.cpu.kernels.strip_products import by_strips
 from eventrnn.cpu.kernels.tile_products import (
     bin_by_panel,
     blas_product,
@@ -62,6 +63,7 @@ from eventrnn.cpu.tables import (
     SCATTER,
     SINGLE_TILES,
     SMALL_PANEL_BITS,
+    STRIPS,
     VALUES,
     WIDTH,
 )
@@ -175,6 +177,8 @@ def _product(kind: int, storage: int):
         return product_in_place
     if kind == INTEGER_BLOCKS:
         return product_in_integers
+    if kind == STRIPS:
+        return by_strips(_DTYPES[storage])
     if kind == GATED:
         return by_gates(_DTYPES[storage])
     if kind == SINGLE_TILES:
