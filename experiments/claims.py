@@ -406,6 +406,12 @@ CLAIMS = (
         "pruning_sweep.py convert",
         pruning_claims.adaprune("half"),
     ),
+    Claim(
+        MASKS,
+        "The same mask makes the forward and the backward pass faster",
+        "bench_training.py",
+        pruning_claims.masked_step,
+    ),
     Claim(MASKS, "A greedy mask prunes less than twice the optimum's magnitude", "masks.py", greedy_masks),
     Claim(MASKS, "There are more 4:8 transposable masks than 2:4 masks", "masks.py", diversity),
     Claim(

@@ -133,8 +133,7 @@ def training() -> str:
 
 def masked_training() -> str:
     """The same window with one N:M mask per matrix, forward and backward, beside this engine with the same weights
-    stored dense. The bits of 50 % of the weights are no whole vectors, so that a pruned weight is not skipped for free
-    (`python experiments/bench_training.py --only masks --results experiments/results/cpu_training_other.jsonl`).
+    stored dense (`python experiments/bench_training.py --only masks`).
     """
     lines, rows = read("cpu_training_other"), []
     for case in TRAINING_CASES:

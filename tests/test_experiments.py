@@ -163,7 +163,8 @@ def test_every_training_case_gets_one_line_per_commit(monkeypatch, tmp_path):
 
     def training(*, sparsity, against, repeats, **case):
         asked.append(bench.TrainingCase(sparsity=sparsity, against=against, **case))
-        line = case | {"sparsity_asked": sparsity, "repeats": repeats, "open": 0.1}
+        nm = case["nm"] and ":".join(map(str, case["nm"]))
+        line = case | {"nm": nm, "sparsity_asked": sparsity, "repeats": repeats, "open": 0.1}
         work = {"ms_per_iteration": 5.0, "executed_per_iteration": 1e6, "dense_per_iteration": 1e8}
         return line | work | {"against_each": dict.fromkeys(against.split(","), each)}
 
