@@ -15,7 +15,8 @@ drawn, so that every input chooses other blocks. The threshold is set so that ab
 active.
 
 `gpu`: one layer of GRU cells and one of LSTM cells at batch 1 on a GPU, beside the same weights without a gate and
-beside cuDNN of the same size (gated_gpu.py). All sides are timed by CUDA events; ours are exact, and equal to the CPU.
+beside cuDNN of the same size, as PyTorch calls it (gated_gpu.py; `every_cudnn.py --hidden 1536` has all algorithms of
+cuDNN). All sides are timed by CUDA events; ours are exact, and equal to the CPU.
 With --phases, clocks in the kernel say how long a step waits, multiplies and chooses.
 
 `quality`: word models of the Penn Treebank at a size for a CPU (gated_words.py says which variants there are). Only the

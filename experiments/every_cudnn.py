@@ -1,6 +1,6 @@
 """Time layers on a GPU beside every algorithm of cuDNN's GRU and LSTM, and append a line each to results/.
 
-    python experiments/every_cudnn.py                      # hidden 512, 768, 1024, 1344; batch 1, 16, 64; and two more
+    python experiments/every_cudnn.py                      # hidden 512, 768, 1024, 1344; batch 1, 16, 64; 3 more
     python experiments/every_cudnn.py --hidden 768 --hidden 1024 --batch 16
 
 A line holds the output of `eventrnn bench inference --backend cuda --json`, the commit and the time. A case that has a
@@ -26,6 +26,8 @@ BLOCKS = {"format": "block", "block": (1, 32), "dtype": "bfloat16"}
 CASES = [
     *(BLOCKS | {"hidden": hidden, "batch": 1} for hidden in (768, 1024)),
     {"format": "dense", "hidden": 1344, "batch": 1},
+    # The size at which dynamic_blocks.py times gated blocks, beside the algorithms that PyTorch calls only.
+    {"format": "dense", "hidden": 1536, "batch": 1},
     BLOCKS | {"hidden": 1350, "batch": 64},
     *(BLOCKS | {"hidden": hidden, "batch": 1} for hidden in (512, 1344)),
     *(BLOCKS | {"hidden": hidden, "batch": batch} for hidden in (768, 1024) for batch in (16, 64)),

@@ -22,25 +22,25 @@ def every_cudnn() -> str:
 
     cuDNN's times differ by a tenth from run to run: its fastest took 0.93 and 0.98 µs at 512 units in two runs of one
     hour, 1.19 and 1.30 µs at 1024, and 2.47 and 2.69 µs at 1344. Beside the smaller ones, ours are 1.74, 1.55 and 2.4
-    times faster.
+    times as fast.
 
     Since 5fc34ff 16 streams may have clusters of six blocks, of which this H200 holds 17; of eight it holds 15. In
     trial runs beside other work, at 768 units, clusters of four took 1.47 µs per step, of five 1.34 and of six 1.17 to
     1.20. At 1344 units, where the weights then lie in L2, clusters of six were slower than of four (4.8 and 4.4 µs).
 
     Rows that miss what was asked of them (at batch 1 2 times at 1024 units and 1.2 times with dense weights, 1.5 times
-    with 16 streams, 2.5 to 3 times with 64), or were not measured:
+    with 16 streams, 2.5 to 3 times with 64):
 
     | row | predicted | found | what is left |
     | --- | --- | --- | --- |
-    | 1024 units, one stream | 0.75 µs | 0.77 µs, 1.69 times | a chain of latencies, see below |
-    | dense, 1344 units | 2.4 µs, 1.03 times | not measured since its product is pipelined (5fc34ff); 0.90 before | \
+    | 1024 units, one stream | 0.75 µs | 0.78 µs, 1.54 times (1.69 at 445640a) | a chain of latencies, see below |
+    | dense, 1344 units | 2.4 µs, 1.03 times | 2.76 µs, 0.92 times; before its product was pipelined (5fc34ff) 0.90 | \
 blocks wait through global memory; a warp adds 134 terms in order, by its instructions in 950 cycles, before in 1500 |
-    | 1024 units, 16 streams | 1.5 µs, 1.35 times | 1.59 µs, 1.29 times | the recurrent kernel takes 2120 \
+    | 1024 units, 16 streams | 1.5 µs, 1.35 times | 1.56 µs, 1.31 times | the recurrent kernel takes 2120 \
 cycles (1.1 µs): products 1036, wait for other blocks 486, cells 508; the rest is the input product, with 190 \
 instructions per strip and sample |
-    | 64 streams, 768, 1024 and 1350 units | 4.0, 5.3 and 8.0 µs | not measured alone; beside other work 3.7, 4.9 \
-and 13 µs | 200 to 300 instructions per strip and sample; two multiprocessors per stream do not hold its weights, \
+    | 64 streams, 768, 1024 and 1350 units | 4.0, 5.3 and 8.0 µs | 3.66, 4.87 and 6.84 µs; 1.90, 1.58 and 1.30 \
+times | 200 to 300 instructions per strip and sample; two multiprocessors per stream do not hold its weights, \
 which are read from L2 |
 
     Samples of all warps at 1024 units, by `ncu`, before the last changes of the kernel: a third wait for the outputs of
@@ -53,7 +53,7 @@ which are read from L2 |
     product.
     """
     lines, rows = read("cudnn_persistent"), []
-    for format, batch, hidden in product(("block", "dense"), (1, 16, 64), (512, 768, 1024, 1344, 1350)):
+    for format, batch, hidden in product(("block", "dense"), (1, 16, 64), (512, 768, 1024, 1344, 1350, 1536)):
         line = last(lines, format=format, batch=batch, hidden=hidden)
         if line is None:
             continue

@@ -32,7 +32,7 @@ NAMED = re.compile(r"((?:`[A-Za-z_][\w.]*(?:\(\))?`(?:, and |, | and | or )?)+)\
 
 #: Files that a user or a run writes, and `kernels/`, which many folders contain.
 EXAMPLES = re.compile(
-    r"(^kernels/$|my_|runs/|recipe\.toml|config\.toml|log\.jsonl|out/|build/|picture|docs/_build/|checkpoints/)"
+    r"(^kernels/$|my_|runs/|recipe\.toml|config\.toml|log\.jsonl|starts\.jsonl|out/|build/|picture|docs/_build/|checkpoints/)"
 )
 
 

@@ -523,4 +523,6 @@ def test_commands_refuse_gated_blocks_of_a_model_file_in_a_line(command, tmp_pat
 
 def test_repr_names_the_gate():
     assert repr(gated(np.ones((4, 6)))) == "GatedBlocks(4x6 2x2, 3 of 6 blocks per input, linear gate, 24 weights)"
+    padded = repr(gated(np.ones((5, 6))))
+    assert padded == "GatedBlocks(5x6 2x2, 5 of 9 blocks per input, linear gate, 16.7% padding, 30 weights)"
     assert isinstance(gated(Dense(np.ones((4, 6), np.float32))).blocks, BlockCSR)

@@ -526,6 +526,7 @@ def test_settings_that_a_run_would_ignore_are_refused():
     [
         ({"gates.matrices": ["w_out"]}, "matrices: got 'w_out', need w_in, w_rec or one of layers.0.w_in"),
         ({"gates.block": [8, 8]}, "but no matrices; name some"),
+        ({"gates.density": 0.5}, "model.gates.density: got 0.5, but no matrices; set model.gates.matrices"),
         ({"gates.matrices": ["w_in"], "gates.block": [8]}, r"block: got \[8\], need two numbers"),
         (
             {"gates.matrices": ["w_in"], "hidden": [16], "embedding": 8, "gates.block": [9, 8]},

@@ -301,7 +301,10 @@ class GatedBlocks(Weights):
         r, c = self.block
         rank = "" if self.gate_out is None else f" of rank {len(self.gate_out)}"
         period = "" if self.gate_period == 1 else f" every {self.gate_period} steps"
-        return f"{r}x{c}, {self.kept_blocks} of {self.n_blocks} blocks per input, {self.gate_rule} gate{rank}{period}"
+        share = _padding(self.shape, self.block)
+        padding = f", {share:.1%} padding" if share else ""
+        chosen = f"{self.kept_blocks} of {self.n_blocks} blocks per input"
+        return f"{r}x{c}, {chosen}, {self.gate_rule} gate{rank}{period}{padding}"
 
 
 def _need_gate(
@@ -454,10 +457,18 @@ def gate_cost(
     density, (r, c) = need_density(density), (int(block[0]), int(block[1]))
     period = need_whole("period", period, at_least=1, at_most=LONGEST_PERIOD)
     blocks, kept, gate, products = _shares(shape, (r, c), density, rank, period)
-    size = max(1, shape[0] * shape[1])
-    padding = 1 - size / max(size, blocks * r * c)
     smallest = _smallest_block(shape, density, rank, period)
-    return GateCost(shape, (r, c), density, rank, period, blocks, kept, gate, products, padding, smallest)
+    return GateCost(
+        *(shape, (r, c), density, rank, period, blocks, kept, gate, products),
+        padding=_padding(shape, (r, c)),
+        smallest_block=smallest,
+    )
+
+
+def _padding(shape: tuple[int, int], block: tuple[int, int]) -> float:
+    """The share of the entries of all blocks that lie beyond the matrix."""
+    size = max(1, math.prod(shape))
+    return 1 - size / max(size, math.prod(block_grid(shape, block)) * math.prod(block))
 
 
 def _shares(

@@ -257,7 +257,7 @@ def load_recipe(
     path : the TOML file, or its tables
 
     Raises `ValueError` for an unknown key, with the most similar known key, for a value that is not allowed, and for a
-    single setting of events where the cell is a GRU, which has none.
+    single setting of events where the cell is a GRU, which has none, or of gates where no matrix has them.
     """
     settings = list(settings)
     if preset not in presets():
@@ -280,6 +280,9 @@ def load_recipe(
             raise ValueError(
                 f"{name}: got {value!r}, but units of model.cell={cell!r} have no thresholds; leave it out"
             )
+        # A value that is not the default is refused by `GateRecipe`.
+        if name.startswith("model.gates.") and value and not recipe.model.gates.matrices:
+            raise ValueError(f"{name}: got {value!r}, but no matrices; set model.gates.matrices too, or leave it out")
     return recipe
 
 
