@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ PACKAGE = Path(__file__).parent
 
 #: modules that say where kernels are kept, not what they compute
 KEEPERS = ("eventrnn._kernel_files", "eventrnn.cpu.kernel_cache", "eventrnn.cuda.kept_ptx")
+
+#: when this process began to import kernels, in seconds since 1970
+_BEGAN = time.time()
 
 _IMPORT = re.compile(r"^[ \t]*from (eventrnn[\w.]*) import (\([^)]*\)|.*)|^[ \t]*import (eventrnn[\w.]*)", re.MULTILINE)
 
@@ -145,7 +149,11 @@ def _source(module: str) -> str:
     file = _file(module)
     if file is None:
         raise OSError(f"no source of {module}")
-    return file.read_text(encoding="utf-8")
+    source, found = file.read_text(encoding="utf-8"), file.stat()
+    if max(found.st_mtime, found.st_ctime) > _BEGAN:
+        # This process may have imported what the file held before.
+        raise OSError(f"{file} has changed since this process began")
+    return source
 
 
 def _file(module: str) -> Path | None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from eventrnn import _kernel_files as kernel_files
+from eventrnn import cells
 from eventrnn.cuda import kept_ptx
 from support.ptx import compiler
 from support.sources import check_sources
@@ -27,7 +28,7 @@ def kernel(address):
     """A kernel of the package, as far as its files know."""
 
 
-kernel.__module__ = kept_ptx.__name__
+kernel.__module__ = cells.__name__
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,17 @@ def test_changed_source_is_compiled_again_and_replaces_the_file(folder, monkeypa
     assert found == {".entry kernel // 2\n"} and len(files(folder)) == 1
 
 
+def test_source_that_changed_since_the_process_began_is_no_name_for_what_was_imported(folder, monkeypatch):
+    compiled = Compiler()
+    kept_ptx.ptx_of(kernel, (1,), COMPILER, compiled)
+    for digests in (kernel_files._source, kernel_files.source_digest):
+        digests.cache_clear()
+    monkeypatch.setattr(kernel_files, "_BEGAN", 0.0)
+    with pytest.warns(RuntimeWarning, match=r"neither read nor kept: .*py has changed since") as given:
+        found = [kept_ptx.ptx_of(kernel, (1,), COMPILER, compiled) for _ in range(2)]
+    assert found == [f".entry kernel // {k}\n" for k in (2, 3)] and len(files(folder)) == len(given) == 1
+
+
 @pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[:-1], lambda raw: raw[:40] + b"?" + raw[41:]])
 def test_damaged_file_is_compiled_again_and_replaced(folder, damage):
     compiled = Compiler()
@@ -130,6 +142,18 @@ def test_ptx_that_was_kept_is_what_the_compiler_returns(folder):
     assert kept_ptx.ptx_of(function, (str(signature), HOPPER, 352), version, lambda: whole) == whole
     assert kept_ptx.ptx_of(finite_kernel()[0], (str(signature), HOPPER, 352), version, compiled) == whole
     assert compiled.times == 0
+
+
+def test_compiler_is_known_by_its_settings_and_files(monkeypatch):
+    compiler()
+    from eventrnn.cuda import device
+
+    monkeypatch.setattr(device, "compiler_version", device.compiler_version.__wrapped__)
+    before = device.compiler_version()
+    assert kept_ptx.plain(before) == before
+    assert ["nvvm" in before[-2][0], "libdevice" in before[-1][0]] == [True, True]
+    monkeypatch.setattr(device.config, "CUDA_DEBUGINFO_DEFAULT", 1)
+    assert device.compiler_version() != before
 
 
 def test_source_of_a_kernel_is_all_it_imports():

@@ -49,9 +49,9 @@ class KernelCache(caching._Cache):
         try:
             self._sources = tuple(source_digest(module) for module in sorted(made_of) if self._enabled)
         except OSError as error:
-            # Without its source, a kernel that was kept cannot be told from one of another version.
+            # Without its source as imported, a kernel that was kept cannot be told from one of another version.
             self._sources, self._enabled = (), False
-            warn(f"compiled kernels are not kept, because their source cannot be read ({error})")
+            warn(f"compiled kernels are neither read nor kept: {error}")
         self._name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
 
     @property

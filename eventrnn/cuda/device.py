@@ -33,8 +33,8 @@ try:
         warnings.simplefilter("ignore", DeprecationWarning)
         from numba import cuda
         from numba.cuda import compiler as _compiler
+        from numba.cuda import config, libdevice
         from numba.cuda import dispatcher as _dispatcher
-        from numba.cuda import libdevice
         from numba.cuda.cuda_paths import get_cuda_paths
         from numba.cuda.extending import intrinsic
         from numba_cuda import __version__ as numba_cuda_version
@@ -100,11 +100,12 @@ def compile_ptx(kernel: Callable[..., None], signature, architecture: tuple[int,
 
 
 @cache
-def compiler_version() -> tuple[str, str, int, int]:
-    """What PTX depends on beside Numba: the version of numba-cuda, and libNVVM by its path, size and time."""
-    library = str(get_cuda_paths()["nvvm"].info)
-    found = os.stat(library)
-    return numba_cuda_version, library, found.st_size, found.st_mtime_ns
+def compiler_version() -> tuple:
+    """What PTX depends on beside Numba: numba-cuda and its settings; libNVVM and libdevice by path, size and time."""
+    libraries = [str(get_cuda_paths()[name].info) for name in ("nvvm", "libdevice")]
+    found = [os.stat(library) for library in libraries]
+    files = zip(libraries, (each.st_size for each in found), (each.st_mtime_ns for each in found), strict=True)
+    return numba_cuda_version, str(config.OPT), config.CUDA_DEBUGINFO_DEFAULT, *files
 
 
 @dataclass(frozen=True)

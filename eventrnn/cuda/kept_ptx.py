@@ -37,8 +37,8 @@ def ptx_of(function: Callable[..., None], made_for: tuple, compiler: tuple, comp
     try:
         identity = source_digest(module)
     except OSError as error:
-        # Without its source, a kernel that was kept cannot be told from one of another version.
-        warn(f"compiled kernels are not kept, because their source cannot be read ({error})")
+        # Without its source as imported, a kernel that was kept cannot be told from one of another version.
+        warn(f"compiled kernels are neither read nor kept: {error}")
         return compiled()
     for body in kept(source, file):
         found, _, ptx = body.decode().partition("\n")
