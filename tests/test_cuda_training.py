@@ -7,9 +7,7 @@ and resumed runs in every bit.
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 import subprocess
 import sys
 import time
@@ -50,7 +48,6 @@ from eventrnn.training import (
 )
 from support import fake_training
 from support.cuda_runs import SYMBOLS, cuda_settings, symbol_text, updated
-from support.ptx import compiler
 from support.texts import TEXT
 from support.tolerance import soft_target_error
 from support.training_specification import Specification, read
@@ -504,67 +501,6 @@ def test_too_little_memory_is_refused_with_the_bytes(monkeypatch):
     with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed and 1,000 are free"):
         Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings())
     assert not device.allocated
-
-
-KERNELS = {
-    "narrow": lambda m: m.threads.narrow_kernel("bfloat16"),
-    "choose": lambda m: m.gated_blocks.choose_kernel("bfloat16"),
-    "combine": lambda m: m.gated_blocks.combine_kernel(),
-    "spread gates": lambda m: m.gated_blocks.spread_kernel("bfloat16"),
-    "logit_gradients": lambda m: m.gated_blocks.logit_gradients_kernel("float32"),
-    "count_choices": lambda m: m.gated_blocks.count_choices_kernel(),
-    "count_products": lambda m: m.gated_blocks.count_products_kernel("tf32", SURROGATES["triangle"], 0.7, 1.0),
-    "draw": lambda m: m.noise.draw_kernel(),
-    "add_parts": lambda m: m.joined_sums.add_parts_kernel("float32"),
-    "add_parts of counts": lambda m: m.joined_sums.add_parts_kernel("int64"),
-    "drop_weights": lambda m: m.noise.drop_weights_kernel("bfloat16"),
-    "forward": lambda m: m.cell_steps.forward_kernel("bfloat16"),
-    "reset_gate": lambda m: m.cell_steps.reset_gate_kernel("tf32"),
-    "paper_forward": lambda m: m.cell_steps.paper_forward_kernel("bfloat16"),
-    "adjoint": lambda m: m.cell_steps.adjoint_kernel("bfloat16", False, SURROGATES["triangle"], 0.7, 1.0),
-    "adjoint of the paper": lambda m: m.cell_steps.adjoint_kernel("float32", True, SURROGATES["gaussian"], 0.7, 1.0),
-    "gru": lambda m: m.plain_steps.gru_kernel("bfloat16"),
-    "gru_before": lambda m: m.plain_steps.gru_before_kernel("tf32"),
-    "lstm": lambda m: m.plain_steps.lstm_kernel("bfloat16"),
-    "gru_adjoint": lambda m: m.plain_steps.gru_adjoint_kernel("bfloat16"),
-    "gru_before_adjoint": lambda m: m.plain_steps.gru_before_adjoint_kernel("float32"),
-    "lstm_adjoint": lambda m: m.plain_steps.lstm_adjoint_kernel("bfloat16"),
-    "reset_gate_adjoint": lambda m: m.cell_steps.reset_gate_adjoint_kernel("bfloat16"),
-    "thresholds": lambda m: m.cell_steps.threshold_kernel(),
-    "carry": lambda m: m.cell_steps.carry_kernel("bfloat16"),
-    "inputs": lambda m: m.inputs.input_kernel("bfloat16"),
-    "embedding_gradient": lambda m: m.inputs.embedding_gradient_kernel(),
-    "outputs": lambda m: m.inputs.outputs_kernel(),
-    "spread": lambda m: m.inputs.spread_kernel("bfloat16"),
-    "cross_entropy": lambda m: m.loss.cross_entropy_kernel("bfloat16"),
-    "column_sums": lambda m: m.sums.column_sums_kernel("bfloat16"),
-    "finish_sums": lambda m: m.sums.finish_sums_kernel(),
-    "count_units": lambda m: m.sums.count_units_kernel(SURROGATES["boxcar"], 0.7, 1.0),
-    "count_inputs": lambda m: m.sums.count_inputs_kernel("bfloat16"),
-    "operations": lambda m: m.sums.operations_kernel(),
-    "rates": lambda m: m.sums.rate_kernel(),
-    "penalties": lambda m: m.sums.penalties_kernel(SURROGATES["multi_gaussian"], 0.7, 1.0),
-    "square_gradients": lambda m: m.updates.square_gradients_kernel(),
-    "sum_spans": lambda m: m.updates.sum_spans_kernel(),
-    "settle": lambda m: m.updates.settle_kernel(),
-    "prune": lambda m: m.updates.prune_kernel("bfloat16"),
-    "adam": lambda m: m.updates.update_kernel("adam", "bfloat16", False),
-    "momentum, averaged": lambda m: m.updates.update_kernel("momentum", "float32", True),
-    "rows": lambda m: m.tensors.rows_kernel("bfloat16"),
-    "take": lambda m: m.tensors.take_kernel("bfloat16"),
-    "give": lambda m: m.tensors.give_kernel(),
-    "last_state": lambda m: m.tensors.last_state_kernel(),
-}
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_compile(name):
-    compiled = compiler()
-    kernels = importlib.import_module("eventrnn.cuda.training.kernels")
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
-    ptx = compiled(KERNELS[name](kernels), threads=256)
-    assert ".entry" in ptx and ".local" not in ptx, "arrays in local memory are slow"
 
 
 def _of_cells(cells, units, rng, **shape) -> Network:

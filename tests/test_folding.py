@@ -29,7 +29,6 @@ from eventrnn.weights import CSR, STORAGES, Dense, GatedBlocks, convert
 from support import emulated_gpu
 from support.conformance import Case, assert_same, assert_same_state, cases, same_bits, unmodified
 from support.model_files import crafted
-from support.ptx import check_ptx, compiler
 from support.texts import reader_of_text
 
 
@@ -212,13 +211,6 @@ def test_emulated_gpu_looks_symbols_up_with_the_bits_of_the_specification(emulat
         assert np.array_equal(simulator.step(step), output)
     with pytest.raises(ValueError, match="got symbol 9"):
         simulator.step(np.array([0, 9]))
-
-
-def test_look_up_kernel_compiles_without_contraction():
-    compiled = compiler()
-    from eventrnn.cuda.kernels.batched_products import look_up_kernel
-
-    check_ptx(compiled(look_up_kernel()))
 
 
 def test_table_does_not_go_through_tensor_cores(emulated):
