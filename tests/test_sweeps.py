@@ -321,17 +321,33 @@ def test_gpus_are_those_of_the_driver_where_none_are_named(tmp_path, monkeypatch
     assert gpus.visible_gpus() == ["1", "3"]
 
 
-def test_every_process_chooses_a_gpu_of_its_own(tmp_path, monkeypatch):
+def claimed(monkeypatch) -> tuple[str, int]:
+    """The GPU that another process chooses, and the descriptor that it holds to its end."""
+    monkeypatch.setattr(gpus, "_held", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    told = [gpus.claim_gpu(), gpus.claim_gpu()]
+    assert told == [os.environ["CUDA_VISIBLE_DEVICES"]] * 2, "a process keeps its GPU"
+    return told[0], gpus._held
+
+
+def test_every_process_chooses_the_gpu_that_fewest_use(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    chosen, told = [], []
-    for _ in range(3):
-        # As in another process: a lock is held by its open file.
-        monkeypatch.setattr(gpus, "_held", None)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-        told += [gpus.claim_gpu(), gpus.claim_gpu()]
-        chosen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert told == [name for name in chosen for _ in range(2)]
-    assert chosen[:2] == ["GPU-a", "GPU-b"] and chosen[2] in chosen[:2]
+    processes = [claimed(monkeypatch) for _ in range(4)]
+    assert [name for name, _ in processes] == ["GPU-a", "GPU-b", "GPU-a", "GPU-b"]
+    for _, held in processes[1:]:
+        os.close(held)
+    assert claimed(monkeypatch)[0] == "GPU-b"
+    assert len(list(tmp_path.glob("eventrnn-gpu-*"))) == 2, "those of processes that have ended are removed"
+
+
+def test_workers_of_a_sweep_that_goes_on_use_all_gpus(tmp_path, monkeypatch):
+    """The workers of the driver that was killed end while those of the next one choose."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = [claimed(monkeypatch) for _ in range(2)]
+    first = claimed(monkeypatch)
+    for _, held in before:
+        os.close(held)
+    assert {first[0], claimed(monkeypatch)[0]} == {"GPU-a", "GPU-b"}
 
 
 def test_two_gpus_train_two_points_at_a_time(tmp_path, monkeypatch):
