@@ -47,6 +47,11 @@ class Pair:
 
     @property
     def where(self) -> str:
+        """The network, its training and its seeds in words."""
+        return f"{self.network}, {seeds(len(self.pruned))}"
+
+    @property
+    def network(self) -> str:
         """The network and its training in words."""
         first = self.pruned[0]
         text = f"{self.dense[0]['model.cell'].upper()} of {units(first)} units, {TASKS[task(first)]}"
@@ -55,7 +60,7 @@ class Pair:
             gain, of = perplexity(self.longer) / perplexity(self.dense) - 1, len(self.longer)
             fewer = f", {seeds(of)}" if of < len(self.dense) else ""
             text += f" ({self.longer[0]['training.epochs']}: {gain:+.1%} for dense{fewer})"
-        return f"{text}, {seeds(len(self.pruned))}"
+        return text
 
     def doubt(self, most: float) -> str:
         """What is missing for a verdict, in words; empty where nothing is, or where there is a longer training."""
@@ -284,10 +289,11 @@ def lasso_helps() -> Finding | None:
         )
         for key, pair in alone.items():
             if key in lasso and size_of(lasso[key].pruned[0]) == size_of(pair.pruned[0]):
-                ratios.append(perplexity(lasso[key].pruned) / perplexity(pair.pruned))
-                text.append(f"{block} {ratios[-1] - 1:+.1%}")
-                used += [*lasso[key].pruned, *pair.pruned]
-                where = pair.where
+                both = lasso[key].pruned, pair.pruned
+                ratios.append(perplexity(both[0]) / perplexity(both[1]))
+                text.append(f"{block} {ratios[-1] - 1:+.1%} ({seeds(min(map(len, both)))})")
+                used += [*both[0], *both[1]]
+                where = pair.network
     return Finding(f"{', '.join(text)}; {where}", max(ratios) < 1, last(used)) if ratios else None
 
 
