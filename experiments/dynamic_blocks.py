@@ -14,6 +14,9 @@ The two networks are timed in turn in one process: `run` is one call for all ste
 drawn, so that every input chooses other blocks. The threshold is set so that about the asked share of the units is
 active.
 
+`product`: one product of a square matrix at batch 1, of whose inputs all are active, beside the same weights without a
+gate and beside the BLAS of NumPy, on one CPU thread. The gate and the choice are in the time.
+
 `gpu`: one layer of GRU cells and one of LSTM cells at batch 1 on a GPU, beside the same weights without a gate and
 beside cuDNN of the same size, as PyTorch calls it (gated_gpu.py; `every_cudnn.py --hidden 1536` has all algorithms of
 cuDNN). All sides are timed by CUDA events; ours are exact, and equal to the CPU.
@@ -36,7 +39,8 @@ Lines are appended to results/dynamic_blocks.jsonl.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -54,9 +58,11 @@ from rich.table import Table
 
 import eventrnn as er
 from eventrnn.bench import interleaved
+from eventrnn.bench.machine import limited
 from eventrnn.cells import Cell
 from eventrnn.cli.options import parse_block
 from eventrnn.cli.terminal import as_line, progress
+from eventrnn.cpu.single_product import Product
 from eventrnn.data.text import from_path
 from eventrnn.weights import gate_cost
 
@@ -65,6 +71,8 @@ FIGURE = Path(__file__).parent / "figures" / "dynamic_blocks.png"
 KEY = ("what", "cell", "units", "block", "density", "rank", "period", "asked_activity", "steps")
 
 GPU_KEY = ("what", "cell", "units", "block", "density", "rank", "steps")
+
+PRODUCT_KEY = ("what", "size", "block", "density", "rank", "threads")
 
 # What identifies a trained model.
 QUALITY_KEY = ("what", "variant", "seed", "cell", "hidden", "vocabulary", "epochs", "batch", "window")
@@ -189,6 +197,70 @@ def speed(
             ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
             active = f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f})"
             console.print(f"{name}, {active}: {ways}", soft_wrap=True)
+
+
+def measure_product(
+    size: int, block: tuple[int, int], densities: list[float], rank: int | None, steps: int, repeats: int
+) -> Iterator[dict]:
+    """A line per density: microseconds of one product of a square matrix and an input of which all units are active,
+    behind a gate, without one, and by the BLAS of NumPy, all interleaved on one thread."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((size, size), dtype=np.float32)
+    x = rng.standard_normal((steps, 1, size), dtype=np.float32)
+    events, gates = er.Events.from_dense(x), {"block": block, "rank": rank, "gate_rule": "softmax"}
+    # An LSTM of a quarter of the units: its four gates are the columns of the matrix.
+    products = {"dense": Product(er.convert(weights, "dense"), events, cell=Cell("lstm"))}
+    with warnings.catch_warnings():
+        # That a gate costs more than it saves at such a density is what the lines are to show.
+        warnings.simplefilter("ignore", UserWarning)
+        for density in densities:
+            gated = er.GatedBlocks.from_weights(weights, rng=rng, density=density, **gates)
+            products[f"{density}"] = Product(gated, events, cell=Cell("lstm"))
+
+    def blas() -> None:
+        for each in x:
+            each @ weights
+
+    with limited(1):
+        seconds = interleaved({name: each.run for name, each in products.items()} | {"BLAS": blas}, repeats)
+    us = {name: 1e6 * float(np.median(times)) / steps for name, times in seconds.items()}
+    for density in densities:
+        cost = gate_cost((size, size), block=block, density=density, rank=rank)
+        asked = {"size": size, "block": list(block), "density": density, "rank": rank, "threads": 1}
+        own = {"gated": us[f"{density}"], "dense": us["dense"], "blas": us["BLAS"]}
+        speedup = {name: own[name] / own["gated"] for name in ("dense", "blas")}
+        costs = {"gate_cost": cost.gate, "products": cost.products}
+        yield {"what": "product", **asked, "steps": steps, "repeats": repeats, **costs, "us": own, "speedup": speedup}
+
+
+@app.command("product")
+def products(
+    size: Annotated[
+        list[int] | None, typer.Option(min=4, help="Inputs, and outputs, of the matrix; repeat. [2048 4096 6144]")
+    ] = None,
+    block: Annotated[str, typer.Option(metavar="RxC", help="Size of a block.")] = "128x128",
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the blocks that are chosen; repeat. [0.1 0.25 0.5 0.75 1]"),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of a gate of two factors. [one factor]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Inputs, each with a choice of its own.")] = 16,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed runs of each contestant.")] = 7,
+    results: Annotated[Path, typer.Option(help="Lines are appended to this file.")] = RESULTS,
+) -> None:
+    """Measure one product of a square matrix over density, beside dense weights and BLAS; one CPU thread."""
+    sizes, densities = size or [2048, 4096, 6144], density or [0.1, 0.25, 0.5, 0.75, 1.0]
+    for each in sizes:
+        if each % 4:
+            raise ValueError(f"size: got {each}, need a multiple of 4, the gates of an LSTM")
+    records, console = Records(results, PRODUCT_KEY), Console()
+    for each in sizes:
+        for line in measure_product(each, parse_block(block), densities, rank, steps, repeats):
+            records.add(line)
+            us, faster = line["us"], line["speedup"]
+            shown = f"{us['gated']:.0f} µs, dense {us['dense']:.0f} ({faster['dense']:.2f}x)"
+            shown += f", BLAS {us['blas']:.0f} ({faster['blas']:.2f}x)"
+            console.print(f"{each}, density {line['density']:g}: {shown}", soft_wrap=True)
 
 
 @app.command()

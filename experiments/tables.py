@@ -422,6 +422,34 @@ def _gated_models(what: str) -> str:
     return table(columns, rows)
 
 
+def gated_products() -> str:
+    """Microseconds of one product of a square matrix and an input of which all units are active, batch 1, one thread:
+    in blocks of 128 x 128 behind a gate, gate and choice included, beside the same weights without a gate, and beside
+    the BLAS of NumPy (`python experiments/dynamic_blocks.py product`, and with `--rank 16`). Operations are those of
+    the gate and of the chosen blocks, as a share of the matrix.
+    """
+    lines = [line for line in read("dynamic_blocks", timed=False) if line["what"] == "product"]
+    found = {(line["rank"] or 0, line["size"], line["density"]): line for line in lines}
+    rows = []
+    for (rank, size, density), line in sorted(found.items()):
+        us, faster = line["us"], line["speedup"]
+        gate = f"rank {rank}" if rank else "one factor"
+        work = f"{line['gate_cost']:.1%} + {line['products']:.1%}"
+        timed = (
+            number(us["gated"]),
+            number(us["dense"]),
+            times(faster["dense"]),
+            number(us["blas"]),
+            times(faster["blas"]),
+        )
+        rows.append(((f"{size}", gate, f"{density:.0%}", work, *timed), [line]))
+    columns = (
+        *("size", "gate", "density", "operations", "µs", "no gate, µs", "times faster"),
+        *("BLAS, µs", "times faster"),
+    )
+    return table(columns, rows)
+
+
 #: title -> table; the docstring of the function is the paragraph above its table
 SECTIONS = {
     "Inference on a CPU": cpu_layer,
@@ -450,6 +478,7 @@ SECTIONS = {
     "Time per token of a word model": word_latency,
     "Blocks chosen per input": dynamic_blocks,
     "Blocks chosen per input, in a large word model": large_dynamic_blocks,
+    "One product with blocks chosen per input": gated_products,
     "Phases of a step with gated blocks": gated_phases,
 }
 

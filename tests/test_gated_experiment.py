@@ -62,3 +62,37 @@ def test_gated_word_models_are_trained_once_and_drawn(monkeypatch, tmp_path):
     assert drawn.exit_code == 0 and figure.exists()
     refused = CliRunner().invoke(module.app, ["draw", "--results", str(results), "--cell", "lstm"])
     assert refused.exit_code == 1
+
+
+def test_one_product_is_timed_per_density_beside_dense_weights(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    module, results = importlib.import_module("dynamic_blocks"), tmp_path / "lines.jsonl"
+    options = [
+        "product",
+        "--block",
+        "16x16",
+        "--steps",
+        "2",
+        "--repeats",
+        "3",
+        "--rank",
+        "4",
+        "--results",
+        str(results),
+    ]
+    sizes = [each for size in (64, 96) for each in ("--size", str(size))]
+    shares = [each for share in (0.25, 1.0) for each in ("--density", str(share))]
+    done = CliRunner().invoke(module.app, [*options, *sizes, *shares])
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["size"], line["density"], line["products"]) for line in lines] == [
+        (64, 0.25, 0.25),
+        (64, 1.0, 1.0),
+        (96, 0.25, 0.25),
+        (96, 1.0, 1.0),
+    ]
+    # A factor of 4 columns, and one of 16 logits from them.
+    assert lines[0]["gate_cost"] == (4 * 64 + 4 * 16) / 64**2
+    assert all(min(line["us"].values()) > 0 and line["speedup"].keys() == {"dense", "blas"} for line in lines)
+    refused = CliRunner().invoke(module.app, ["product", "--size", "66", "--results", str(results)])
+    assert refused.exit_code and "multiple of 4" in str(refused.exception or refused.output)
