@@ -140,7 +140,7 @@ def masked_networks(lines: list[dict]) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
     trained = [line for line in lines if not line["converted"] and line["pruning.nm"]]
     dense = best_dense(lines)
-    for size in sorted(set(map(size_of, trained)), key=lambda size: -size[-1]):
+    for size in sorted(set(map(size_of, trained)), key=lambda size: (-size[-1], *size)):
         ways: dict[tuple, dict[str, list[float]]] = {}
         for group in by_seed(line for line in trained if size_of(line) == size):
             first = group[0]

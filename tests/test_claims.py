@@ -131,6 +131,17 @@ def test_converted_and_larger_networks_are_no_pruned_ones(claims, monkeypatch):
     assert sizes.holds and "8.0 times with float32 values, 16.1 times with bfloat16" in sizes.figure
 
 
+def test_masks_are_drawn_beside_the_dense_network_of_the_longest_training(monkeypatch):
+    plots, longer = script("plots", monkeypatch), {"training.epochs": 60}
+    lines = [swept(), *(swept("magnitude", 150.0, nm=nm) for nm in ("2:4", "4:8"))]
+    assert plots.masked_networks(lines) == {"GRU of 8 and 4 units, by words": {"2:4": [1.5], "4:8": [1.5]}}
+    lines += [swept(**longer), swept("magnitude", 101.0, nm="2:4", **longer)]
+    assert plots.masked_networks(lines)["GRU of 8 and 4 units, by words"]["2:4"] == [1.5], "one pattern is none"
+    lines += [swept("magnitude", 102.0, nm="4:8", **longer | {"training.seed": seed}) for seed in (0, 1)]
+    found = plots.masked_networks(lines)["GRU of 8 and 4 units, by words"]
+    assert found == {"2:4": [1.01], "4:8": [1.02, 1.02]}
+
+
 def short(study, model, settings, **valid):
     """A line of a short training."""
     settings = {"training.epochs": 9, "training.seed": 0} | settings
