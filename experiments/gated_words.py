@@ -98,6 +98,7 @@ VARIANTS = {
     "gradual-90": Variant(gradual=0.9),
     "diagonal-2": Variant(parts=2),
     "diagonal-4": Variant(parts=4),
+    "diagonal-12": Variant(parts=12),
     "gated-gradual-50": Variant(density=0.5, gradual=0.5),
     "smaller": Variant(smaller=True),
 }
