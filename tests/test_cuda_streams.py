@@ -52,7 +52,8 @@ def check_bound(precision: str, network: Network, x: np.ndarray, clusters: str =
         parameters = layer_parameters(layer, np.float64)
         c = y = np.zeros((batch, layer.units))
         for t in range(len(x)):
-            v = tolerance.rounded_cell_bound(precision, parameters, sent[k][t].astype(np.float64), c, y)
+            before = sent[k][t].astype(np.float64), c, y
+            v = tolerance.rounded_cell_bound(precision, parameters, *before, instruction=bool(clusters))
             near = np.abs(v.value - parameters["threshold"]) <= v.error
             c, y = result.states[k][t].astype(np.float64), sent[k + 1][t].astype(np.float64)
             fired = v.value > parameters["threshold"]

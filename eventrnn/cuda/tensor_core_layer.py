@@ -24,7 +24,6 @@ from eventrnn.cuda.kernels.tensor_core_cells import (
     round_rows_kernel,
 )
 from eventrnn.cuda.kernels.tensor_core_ptx import MULTIPLY
-from eventrnn.cuda.kernels.tensor_core_ptx import MULTIPLY
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
 from eventrnn.cuda.tensor_core_loop import TileLoop, fits
@@ -51,7 +50,7 @@ DRIVE_BYTES = 256 << 20
 MIN_STREAMS = 4
 
 # Steps of a measured run, and the number of runs whose fastest counts.
-MEASURED_STEPS, MEASURED_RUNS = 16, 3
+MEASURED_STEPS, MEASURED_RUNS = 64, 3
 
 # Threads per block of the kernel for cells, and of the kernels for rows.
 CELL_THREADS, ROW_THREADS = 128, 256

@@ -98,8 +98,8 @@ class TileLoop:
         options = self.precision, plan.blocks, plan.pairs, plan.held, self.clocks is not None
         make = partial(tensor_cluster_kernel, *options)
         kernel = device.kernel(("tensor_cluster", *options), make, plan.threads)
-        launched = {"shared": plan.shared, "cluster": plan.blocks}
-        device.launch(kernel, plan.clusters * plan.blocks, plan.threads, *arguments, **launched)
+        blocks = plan.clusters * plan.blocks
+        device.launch(kernel, blocks, plan.threads, *arguments, shared=plan.shared, cluster=plan.blocks)
 
     def _launch(self, name: str, make, blocks: int, threads: int, *arguments: int, shared: int = 0) -> None:
         kernel = self.device.kernel((f"{name} of tiles", self.precision), partial(make, self.precision), threads)

@@ -271,5 +271,8 @@ def _held(
     words = np.zeros((warps, max(2, held), LANES, 4), np.int32)
     rows = np.full((*words.shape[:2], TILE), tiles.n_pre)
     for k, (begin, length) in enumerate(zip(begins[:warps], np.minimum(lengths[:warps], held), strict=True)):
-        words[k, :length], rows[k, :length] = tiles.fragments[begin : begin + length], tiles.rows[begin : begin + length]
+        words[k, :length], rows[k, :length] = (
+            tiles.fragments[begin : begin + length],
+            tiles.rows[begin : begin + length],
+        )
     return words, (ROW_BYTES * rows).astype(np.int32).reshape(warps, -1, LANES)

@@ -66,7 +66,6 @@ from eventrnn.cuda.kernels.ptx import (
     global_float32,
     global_int32,
     global_int64,
-    load_shared,
     load_shared4,
     load_shared_float2,
     load_shared_uint16,
@@ -401,13 +400,9 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
                 rec_r0, rec_r1 = load_shared_float2(sums_r)
                 rec_g0, rec_g1 = load_shared_float2(sums_g)
                 in_u, in_r, in_g = widen(word_u), widen(word_r), widen(word_g)
-                v0 = cell_before_event(
-                    in_u, in_r, in_g, rec_u0, rec_r0, rec_g0, bias_u, bias_r, bias_g, bias_rec_g, c0
-                )
+                v0 = cell_before_event(in_u, in_r, in_g, rec_u0, rec_r0, rec_g0, bias_u, bias_r, bias_g, bias_rec_g, c0)
                 in_u, in_r, in_g = widen(word_u >> int32(16)), widen(word_r >> int32(16)), widen(word_g >> int32(16))
-                v1 = cell_before_event(
-                    in_u, in_r, in_g, rec_u1, rec_r1, rec_g1, bias_u, bias_r, bias_g, bias_rec_g, c1
-                )
+                v1 = cell_before_event(in_u, in_r, in_g, rec_u1, rec_r1, rec_g1, bias_u, bias_r, bias_g, bias_rec_g, c1)
                 if has_first and v0 > threshold:
                     y0 = v0
                     v0 = v0 - threshold

@@ -63,7 +63,9 @@ def scatter_kernel(precision: str):
     """
     store = make_store(precision)
 
-    def scatter(begins_at, counts_at, lists_at, row_of_at, row_0, rows, batch, width, clusters, inputs, x_at, status_at):
+    def scatter(
+        begins_at, counts_at, lists_at, row_of_at, row_0, rows, batch, width, clusters, inputs, x_at, status_at
+    ):
         threads = int64(min(cuda.blockDim.x, LANES))
         thread, rank = int64(cuda.threadIdx.x) % threads, int64(cuda.threadIdx.x) // threads
         row = int64(cuda.blockIdx.x) * (cuda.blockDim.x // threads) + rank
@@ -151,7 +153,10 @@ def drives_kernel(precision: str):
             q0 = q1 = q2 = q3 = ZERO
             r0 = r1 = r2 = r3 = ZERO
             s0 = s1 = s2 = s3 = ZERO
-            values, rows = values_at + STEP_BYTES * step + 16 * int64(lane), rows_at + UNITS_BYTES * step + 2 * int64(lane)
+            values, rows = (
+                values_at + STEP_BYTES * step + 16 * int64(lane),
+                rows_at + UNITS_BYTES * step + 2 * int64(lane),
+            )
             # What two steps read is loaded while those before them are multiplied; two steps follow the last tile.
             next_row = load_readonly_uint16(rows)
             f0, f1, f2, f3 = load_readonly_words(values)

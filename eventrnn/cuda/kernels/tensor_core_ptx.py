@@ -66,7 +66,9 @@ WIDEN = {
         INT,
         pure=True,
     ),
-    "bfloat16": instruction("{ .reg .b32 word; shl.b32 word, $1, 16; mov.b32 $0, word; }", "=f,r", types.float32, INT, pure=True),
+    "bfloat16": instruction(
+        "{ .reg .b32 word; shl.b32 word, $1, 16; mov.b32 $0, word; }", "=f,r", types.float32, INT, pure=True
+    ),
 }
 
 #: shared address, a multiple of 8, and two float32
