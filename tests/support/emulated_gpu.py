@@ -290,7 +290,7 @@ def _halves(word) -> np.ndarray:
 
 
 def _fragment(given: list, words: list[tuple[int, int, int]], shape: tuple[int, int], precision: str) -> np.ndarray:
-    """The matrix whose fragment all lanes of a warp gave. words: of each the number, its row and its column in lane 0."""
+    """The matrix whose fragment all lanes gave. words: of each its number, its row and its column in lane 0."""
     matrix, transposed = np.zeros(shape), shape[1] == 8
     for lane, own in enumerate(given):
         for number, row, column in words:
