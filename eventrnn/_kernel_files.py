@@ -105,6 +105,10 @@ def announce(kernel: str, processor: str) -> None:
         sys.stderr.write(f"eventrnn: compiling {kernel} for this {processor}, once\n")
 
 
+class SourceChanged(OSError):
+    """A source of a kernel was edited after this process began. No folder that can be written is the remedy."""
+
+
 # --- what a kernel is made of -------------------------------------------------------------------------------
 
 
@@ -152,7 +156,7 @@ def _source(module: str) -> str:
     source, found = file.read_text(encoding="utf-8"), file.stat()
     if max(found.st_mtime, found.st_ctime) > _BEGAN:
         # This process may have imported what the file held before.
-        raise OSError(f"{file} has changed since this process began")
+        raise SourceChanged(f"{file} has changed since this process began; start another process")
     return source
 
 

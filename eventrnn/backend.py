@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 #: Prefixes of kernel names in `Trace.paths`. Products of these kernels round their terms, or add them in another order
 #: than the exact backends.
-INEXACT = ("blas", "tensor", "integers")
+INEXACT = ("blas", "tensor", "integers", "float64")
 
 #: In `Trace.paths`, the kernel of every matrix that `takes_integers` admits where a run need not be exact. It serves
 #: any number of samples and steps, so that no bit depends on what a kernel is selected by.
 INTEGERS = "integers"
+
+#: In `Trace.paths`, the products of the reference backend that are not made in integers, in float32 and in float64.
+SPECIFICATION, IN_FLOAT64 = "specification", "float64 specification"
 
 #: Backends that run matrices only, no blocks that are chosen per input.
 MATRICES_ONLY = ("blas",)

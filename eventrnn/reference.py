@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from eventrnn import cells
-from eventrnn.backend import INTEGERS, HostInputs, integer_matrices
+from eventrnn.backend import IN_FLOAT64, INTEGERS, SPECIFICATION, HostInputs, integer_matrices
 from eventrnn.cells import Cell
 from eventrnn.reference_products import (
     SharedGradients,
@@ -307,14 +307,16 @@ class ReferenceEngine:
 
     def __init__(self, network: Network, dtype: np.dtype, exact: bool = True):
         self.dtype, self.host_inputs = dtype, HostInputs(network, dense=True)
-        self.paths = {} if exact else dict.fromkeys(integer_matrices(network), INTEGERS)
+        integers = [] if exact else integer_matrices(network)
+        others = SPECIFICATION if dtype == np.float32 else IN_FLOAT64
+        self.paths = dict.fromkeys(network.matrices(), others) | dict.fromkeys(integers, INTEGERS)
         self.cells = [layer.cell for layer in network.layers]
         self.parameters = [
-            layer_parameters(layer, dtype, f"layers.{k}.", self.paths) for k, layer in enumerate(network.layers)
+            layer_parameters(layer, dtype, f"layers.{k}.", integers) for k, layer in enumerate(network.layers)
         ]
         self.readout = None
         if network.readout is not None:
-            weights = weight_arrays("readout", network.readout.weights, dtype, self.paths)
+            weights = weight_arrays("readout", network.readout.weights, dtype, integers)
             self.readout = (weights, network.readout.bias.astype(dtype))
 
     def stepper(self, state: State) -> None:

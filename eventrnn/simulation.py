@@ -65,8 +65,8 @@ class Simulation:
     inputs      : with record="events", the input as `Events`; of inputs on a GPU a copy of the array
     events      : with record="events", per layer `Events`; of inputs on a GPU per layer (steps, batch, N) outputs
     states      : with record="states", per layer (steps, batch, N) float32 cells after the event
-    paths       : by matrix, the kernel of its products, where the backend had a choice ("auto" and "cuda" have). Where
-                  the choice changed within the run, the last one, or the last inexact one if there was any
+    paths       : by matrix, the kernel of its products, of every matrix of the network. Where the choice changed within
+                  the run, the last one, or the last inexact one if there was any
     """
 
     output: np.ndarray

@@ -470,7 +470,7 @@ class Trace:
     fired       : per layer, the number of events of each unit
     events      : per layer (steps, batch, N) outputs, where `record_events` was set
     states      : per layer (steps, batch, N) cells after the event, where `record_states` was set
-    paths       : by matrix, the kernel of its products, where the engine had a choice
+    paths       : by matrix, the kernel of its products, of every matrix; empty where a backend of a user names none
     input_fired : how often each input unit was not zero; None where `Inputs.fire_counts` has to count
     """
 

@@ -125,7 +125,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        command(main, __doc__)()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"block_steps.py: {error}") from None
+    command(main, __doc__).run()

@@ -465,4 +465,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main, __doc__)()
+    command(main, __doc__).run()

@@ -369,7 +369,7 @@ def draw(
     lines = [line for line in Records(results, QUALITY_KEY).lines if line["what"] == "quality"]
     lines = [line for line in lines if cell in (None, line["cell"])]
     if not lines:
-        raise SystemExit(f"results: {results} has no line of `quality`" + (f" with cell {cell}" if cell else ""))
+        raise ValueError(f"results: {results} has no line of `quality`" + (f" with cell {cell}" if cell else ""))
     # What the figure compares has the same size.
     shared = [name for name in QUALITY_KEY if name not in ("variant", "seed")]
     same = [line for line in lines if all(line[name] == lines[-1][name] for name in shared)]
@@ -380,4 +380,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    app()
+    app.run()

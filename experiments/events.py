@@ -82,7 +82,7 @@ def heidelberg(folder: Path, seed: int, limit: int | None) -> tuple[int, list[Pa
     found = {part: [folder / name for name in names if (folder / name).exists()] for part, names in FILES.items()}
     for part in ("train", "test"):
         if len(found[part]) != 1:
-            raise SystemExit(f"data: {folder} has {len(found[part])} of {', '.join(FILES[part])}, need one of them")
+            raise ValueError(f"data: {folder} has {len(found[part])} of {', '.join(FILES[part])}, need one of them")
     parts = {part: Part(*read_heidelberg(files[0], limit=limit)) for part, files in found.items() if files}
     if "valid" not in parts:
         train = parts["train"]
@@ -128,7 +128,7 @@ def classify(
     """Train an EGRU to tell recordings apart, and test the parameters of the best validation."""
     known = data in ("bars", "chirps")
     if not known and not Path(data).is_dir():
-        raise SystemExit(f"data: got {data!r}, need bars, chirps, or a folder with the files of SHD or SSC")
+        raise ValueError(f"data: got {data!r}, need bars, chirps, or a folder with the files of SHD or SSC")
     usual, (train, valid, test) = synthetic(data, seed) if known else heidelberg(Path(data), seed, limit)
     window, name = window or usual, data if known else Path(data).name
     inputs, lengths = padded_counts(train.recordings, window)
@@ -359,4 +359,4 @@ def trained(trainer: Trainer, folder: Path, what: str, figure: str) -> float:
 
 
 if __name__ == "__main__":
-    app()
+    app.run()

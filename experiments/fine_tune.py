@@ -97,7 +97,7 @@ def run(
 ) -> None:
     """Train a GRU with PyTorch, and fine-tune it to EGRUs."""
     if data not in SETS:
-        raise SystemExit(f"data: got {data!r}, need bars or chirps")
+        raise ValueError(f"data: got {data!r}, need bars or chirps")
     import torch
 
     draw, window = SETS[data]
@@ -167,4 +167,4 @@ def figure(
 
 
 if __name__ == "__main__":
-    app()
+    app.run()

@@ -133,4 +133,4 @@ def run(
 
 
 if __name__ == "__main__":
-    command(run, __doc__)()
+    command(run, __doc__).run()

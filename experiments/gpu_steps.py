@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main, __doc__)()
+    command(main, __doc__).run()

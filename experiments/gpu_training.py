@@ -246,4 +246,4 @@ def curve(
 
 
 if __name__ == "__main__":
-    app()
+    app.run()

@@ -240,4 +240,4 @@ def _bytes(simulator: Simulator) -> bytes:
 
 
 if __name__ == "__main__":
-    command(worker, __doc__)()
+    command(worker, __doc__).run()

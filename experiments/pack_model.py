@@ -70,7 +70,4 @@ def main(
 app = command(main, __doc__)
 
 if __name__ == "__main__":
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"pack_model.py: {error}") from None
+    app.run()

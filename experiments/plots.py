@@ -194,7 +194,7 @@ def main(
     every = [json.loads(line) for line in results.read_text().splitlines()]
     lines = [line for line in every if "measures" in line]
     if not lines:
-        raise SystemExit(f"results: {results} has no lines of this version of bench.py; run it first")
+        raise ValueError(f"results: {results} has no lines of this version of bench.py; run it first")
     lines = latest(lines)
     figures.mkdir(parents=True, exist_ok=True)
     panels = map_cells(lines)
@@ -345,8 +345,16 @@ def pruning_curves(
     if not points or not (np.isfinite(np.array(points)).all() and np.isfinite(dense)):
         raise ValueError(f"panels: got {dict(panels)} beside {dense}, need at least one point, all of them finite")
     names = sorted({label for lines in panels.values() for label in lines}, key=lambda name: (len(name), name))
+    # The open marks of a line are larger than those of the lines drawn over it, so that equal points all show.
     looks = {
-        name: {"color": HUES[k % len(HUES)], "marker": MARKS[k % len(MARKS)], "markersize": 4, "linewidth": 1.2}
+        name: {
+            "color": HUES[k % len(HUES)],
+            "marker": MARKS[k % len(MARKS)],
+            "markersize": 4 + 1.5 * (len(names) - 1 - k),
+            "markerfacecolor": "none",
+            "linewidth": 1.2,
+            "zorder": 2 + k / len(names),
+        }
         for k, name in enumerate(names)
     }
     figure = new_figure(3.6 * len(panels), 3.4)
@@ -390,4 +398,4 @@ def _limits_panel(axes: Axes, cases: Sequence[Mapping], groups: list) -> None:
 
 
 if __name__ == "__main__":
-    command(main, __doc__)()
+    command(main, __doc__).run()

@@ -506,7 +506,4 @@ def named(line: dict) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except (ValueError, OSError, er.BackendUnavailable) as error:
-        raise SystemExit(f"pruning_sweep.py: {error}") from None
+    app.run()

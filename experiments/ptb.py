@@ -65,7 +65,6 @@ from ptb_tuning import gradual_pruning, kept_shares, taught
 from records import Records
 
 import eventrnn as er
-from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.options import Distillation, Fold, load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.data.vocabulary import Vocabulary
@@ -570,7 +569,4 @@ def show(line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except (ValueError, OSError, BackendUnavailable) as error:
-        raise SystemExit(f"ptb.py: {error}") from None
+    app.run()

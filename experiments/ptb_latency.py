@@ -312,7 +312,7 @@ def main(
 ) -> None:
     """Time a model beside PyTorch's LSTM and GRU, on one CPU thread or on a GPU, and append a line."""
     if (model is None) == (random is None):
-        raise SystemExit("model: give either a model file, or --random with the share of the blocks to keep")
+        raise ValueError("model: give either a model file, or --random with the share of the blocks to keep")
     with progress() as report:
         if model is not None:
             network, name, made = er.load(located_model(model)), model.name, "trained"
@@ -341,7 +341,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        command(main, __doc__)()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ptb_latency.py: {error}") from None
+    command(main, __doc__).run()

@@ -579,4 +579,4 @@ def _keep(path: Path, done: dict[str, Any], chunked: State, long: State) -> None
 
 
 if __name__ == "__main__":
-    app()
+    app.run()

@@ -109,7 +109,7 @@ def digits(hidden: int, steps: int) -> tuple[Trainer, tuple[np.ndarray, np.ndarr
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise SystemExit("digits: needs scikit-learn; pip install scikit-learn") from None
+        raise ImportError("digits: needs scikit-learn; pip install scikit-learn") from None
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) / 16).astype(np.float32)
     order = np.random.default_rng(0).permutation(len(images))
@@ -139,7 +139,7 @@ def main(
 ) -> None:
     """Train and test the network, and append a line."""
     if task not in ("adding", "digits"):
-        raise SystemExit(f"task: got {task!r}, need adding or digits")
+        raise ValueError(f"task: got {task!r}, need adding or digits")
     units = hidden or (64 if task == "adding" else 128)
     trainer, test = (adding(units, steps, length), None) if task == "adding" else digits(units, steps)
     folder = runs / f"{task}-{units}-{steps}" if task == "digits" else runs / f"{task}-{units}-{steps}-{length}"
@@ -174,4 +174,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main, __doc__)()
+    command(main, __doc__).run()

@@ -202,7 +202,4 @@ def backward_counts(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except (ValueError, OSError, er.BackendUnavailable) as error:
-        raise SystemExit(f"short_trainings.py: {error}") from None
+    app.run()

@@ -20,6 +20,8 @@ from command_line import command
 from records import Records
 from torch.nn.functional import linear
 
+from eventrnn.backend import BackendUnavailable
+
 RESULTS = Path(__file__).parent / "results" / "sparse_tensor_cores.jsonl"
 KEY = ("inputs", "outputs", "batch")
 SIZES, BATCHES = ((4096, 4096), (1536, 4608)), (16, 64, 256, 1024, 4096, 16384)
@@ -111,7 +113,7 @@ def main(
     results: Annotated[Path, typer.Option(help="File to which a line per size is appended.")] = RESULTS,
 ) -> None:
     if not torch.cuda.is_available():
-        raise SystemExit("sparse_tensor_cores.py: PyTorch finds no GPU here")
+        raise BackendUnavailable("PyTorch finds no GPU here; run it where torch.cuda.is_available()")
     torch.manual_seed(0)
     records = Records(results, KEY)
     for inputs, outputs in SIZES:
@@ -122,4 +124,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main, __doc__)()
+    command(main, __doc__).run()

@@ -498,7 +498,7 @@ def main(
     text = page()
     if check:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-            raise SystemExit(f"{PAGE} is not up to date; run python experiments/tables.py")
+            raise RuntimeError(f"{PAGE} is not up to date; run python experiments/tables.py")
         return
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(text, encoding="utf-8")
@@ -506,4 +506,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main, __doc__)()
+    command(main, __doc__).run()

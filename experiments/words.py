@@ -58,11 +58,12 @@ def main(
     results: Annotated[Path, typer.Option(help="File to which a line per model is appended.")] = RESULTS,
 ) -> None:
     """Train, validate and test each model, and append a line per model."""
+    for name in model or ():
+        if name not in ("egru", "gru"):
+            raise ValueError(f"model: got {name!r}, need egru or gru")
     corpus, records = from_path(folder, kind="word"), Records(results, ())
     symbols = len(corpus.vocabulary)
     for name in model or ["egru", "gru"]:
-        if name not in ("egru", "gru"):
-            raise SystemExit(f"model: got {name!r}, need egru or gru")
         network = Network.random(
             [hidden], symbols=symbols, embedding=hidden, tied=True, threshold=0.3, rng=np.random.default_rng(0)
         )
@@ -115,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main, __doc__)()
+    command(main, __doc__).run()

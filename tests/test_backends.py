@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from eventrnn import reference
 from eventrnn import simulation as simulation_module
-from eventrnn.backend import BACKENDS
+from eventrnn.backend import BACKENDS, IN_FLOAT64
 from eventrnn.cells import Cell
 from eventrnn.events import Events
 from eventrnn.network import Network
@@ -361,6 +361,19 @@ def test_dyadic_drives_are_exact_in_any_order(network, seed):
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_every_backend_names_the_kernel_of_every_matrix(one_hot):
+    """And a run is exact where all of them are."""
+    network = Network.random([8, 7], inputs=5, readout=4, rng=np.random.default_rng(0))
+    network = replace(network, one_hot=one_hot)
+    x = np.zeros((3, 2), int) if one_hot else np.ones((3, 2, 5), np.float32)
+    in_float64 = ReferenceBackend(np.float64)
+    for backend in ("reference", "cpu", "auto", "blas", in_float64):
+        run = simulate(network, x, backend=backend)
+        assert set(run.paths) == set(network.matrices()) and run.exact is (backend in EXACT)
+    assert set(simulate(network, x, backend=in_float64).paths.values()) == {IN_FLOAT64}
 
 
 def test_simulator_refuses_unknown_backend_and_threads_of_reference():

@@ -8,6 +8,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from eventrnn import simulation
+from eventrnn._kernel_files import SourceChanged
 from eventrnn.bench import crossover as crossing
 from eventrnn.bench import timing
 from eventrnn.cpu import crossover as maps
@@ -160,6 +161,18 @@ def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="crossover map not kept"):
         maps.save(invented_map())
+
+
+def test_map_of_sources_that_were_edited_is_no_fault_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path))
+
+    def changed(module):
+        raise SourceChanged("product.py has changed since this process began; start another process")
+
+    monkeypatch.setattr(maps, "source_digest", changed)
+    with pytest.warns(UserWarning, match="^crossover map not kept: product.py has changed .* start another process$"):
+        assert maps.save(invented_map()) == invented_map()
+    assert not any(tmp_path.iterdir())
 
 
 def test_measuring_fills_the_grid(monkeypatch):

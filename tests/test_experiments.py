@@ -136,7 +136,7 @@ def test_figures_need_the_lines_only(monkeypatch, tmp_path, capsys):
     drawn.main(path, tmp_path / "figures")
     assert "speedup.png: not drawn" in capsys.readouterr().out
     path.write_text(json.dumps(old) + "\n")
-    with pytest.raises(SystemExit, match="no lines of this version"):
+    with pytest.raises(ValueError, match="no lines of this version"):
         drawn.main(path, tmp_path / "figures")
 
 

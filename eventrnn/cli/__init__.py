@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from importlib import import_module
 from io import StringIO
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -110,42 +111,51 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
-    """Entry point. Errors of use become one line and exit code 2, a failed check one line and exit code 1."""
-    for name in ("stdout", "stderr"):
+    """Entry point of `eventrnn`."""
+    run_program(app, "eventrnn", sys.argv[1:] or ["--help"])
+
+
+def run_program(program: typer.Typer, name: str, arguments: list[str]) -> NoReturn:
+    """Run a command line and end the process: errors of use become one line and exit code 2, a failed check one line
+    and exit code 1.
+
+    name : what the program is called in its messages
+    """
+    for stream in ("stdout", "stderr"):
         # A stream that was closed before the start is None.
-        if getattr(sys, name) is None:
-            setattr(sys, name, StringIO())
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, StringIO())
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn
-            code = app(sys.argv[1:] or ["--help"], prog_name="eventrnn", standalone_mode=False)
+            warnings.showwarning = partial(_warn, name)
+            code = program(arguments, prog_name=name, standalone_mode=False)
             # A full disk or a closed pipe behind stdout is an error of the command, not of the interpreter's end.
             sys.stdout.flush()
             raise SystemExit(code)
     except UsageError as error:
         help_of = f" ({error.ctx.command_path} --help lists what it takes)" if error.ctx else ""
-        raise _ended("error", f"{error.format_message()}{help_of}", 2) from None
+        raise _ended(f"{name}: error", f"{error.format_message()}{help_of}", 2) from None
     except OSError as error:
-        raise _ended("error", full_disk(error) if error.errno in FULL else str(error), 2) from None
+        raise _ended(f"{name}: error", full_disk(error) if error.errno in FULL else str(error), 2) from None
     except (ValueError, FloatingPointError, ImportError, MemoryError) as error:
-        raise _ended("error", str(error) or "out of memory; use smaller sizes", 2) from None
+        raise _ended(f"{name}: error", str(error) or "out of memory; use smaller sizes", 2) from None
     except (RuntimeError, TypeError) as error:
         from eventrnn.backend import BackendUnavailable
         from eventrnn.weights import NotAMatrix
 
         if isinstance(error, BackendUnavailable | NotAMatrix):
-            raise _ended("error", str(error), 2) from None
+            raise _ended(f"{name}: error", str(error), 2) from None
         if isinstance(error, TypeError):
             raise
-        raise _ended("failed", str(error), 1) from None
+        raise _ended(f"{name}: failed", str(error), 1) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("eventrnn: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _warn(message: Any, *_: Any, **__: Any) -> None:
+def _warn(name: str, message: Any, *_: Any, **__: Any) -> None:
     """A warning of the library as one line, without the place in the code."""
-    print(f"eventrnn: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    print(f"{name}: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _ended(how: str, words: str, code: int) -> SystemExit:
@@ -155,5 +165,5 @@ def _ended(how: str, words: str, code: int) -> SystemExit:
     except OSError:
         # What could not be written is given up; the interpreter would try it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(f"eventrnn: {how}: {printable(' '.join(words.split()))}", file=sys.stderr)
+    print(f"{how}: {printable(' '.join(words.split()))}", file=sys.stderr)
     return SystemExit(code)

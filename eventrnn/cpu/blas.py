@@ -12,8 +12,9 @@ import numpy as np
 
 from eventrnn.backend import HostInputs
 from eventrnn.cpu.kernels.blas_loop import loop_of
+from eventrnn.cpu.plan import BLAS_PRODUCT, LOOK_UP
 from eventrnn.state import FireCounts, Inputs, State, Trace
-from eventrnn.weights import Dense
+from eventrnn.weights import Dense, MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.network import Layer, Network
@@ -52,6 +53,9 @@ class BlasEngine:
     def __init__(self, network: Network):
         self.layers, self.host_inputs = network.layers, HostInputs(network, dense=True)
         self.one_hot = network.one_hot
+        self.paths = dict.fromkeys(network.matrices(), BLAS_PRODUCT)
+        if self.one_hot:
+            self.paths[MatrixId.of(0, "w_in")] = LOOK_UP
         # Of its own: for a network's arrays that are read-only, Numba would compile the kernels again.
         self.vectors = [(layer.bias_rec.copy(), layer.threshold.copy()) for layer in network.layers]
         self.w_in = [_floats(layer.w_in) for layer in network.layers]
@@ -110,6 +114,7 @@ class BlasEngine:
             tuple(fired),
             _joined(self.layers, inputs.batch, events) if record_events else (),
             _joined(self.layers, inputs.batch, states) if record_states else (),
+            self.paths,
         )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from eventrnn._exclusive import Use
 from eventrnn._files import cache_folder, write_whole
-from eventrnn._kernel_files import source_digest
+from eventrnn._kernel_files import SourceChanged, source_digest
 from eventrnn.backend import INTEGERS
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.packing import is_single
@@ -340,11 +340,13 @@ def _is_whole(crossover: Crossover) -> bool:
 
 
 def save(crossover: Crossover) -> Crossover:
-    """Write a map to the cache and return it. Warns if the folder cannot be written."""
+    """Write a map to the cache and return it. Warns if it cannot be kept."""
     try:
         path = cache_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(asdict(crossover)).encode(), overwrite=True)
+    except SourceChanged as error:
+        warnings.warn(f"crossover map not kept: {error}", stacklevel=2)
     except OSError as error:
         warnings.warn(
             f"crossover map not kept ({error}); set EVENTRNN_CACHE to a folder that can be written", stacklevel=2
