@@ -10,10 +10,9 @@ from eventrnn.cells import Cell
 from eventrnn.cuda import PRECISIONS, CudaBackend
 from eventrnn.cuda.tensor_core_layer import TensorLayer
 from eventrnn.network import Network
-from eventrnn.reference import layer_parameters
 from eventrnn.simulation import Simulator, simulate
-from support import tolerance
 from support.fake_gpu import install
+from support.tensor_cores import check_bound, through_tensor_cores
 
 
 @pytest.fixture
@@ -28,45 +27,6 @@ def streams(units=(13, 9), variant="evnn", batch=6, steps=7) -> tuple[Network, n
     network = Network.random(list(units), inputs=11, rng=rng, threshold=0.2, cell=Cell(variant=variant))
     x = rng.standard_normal((steps, batch, 11)) * (rng.random((steps, batch, 11)) < 0.3)
     return network, x.astype(np.float32)
-
-
-def through_tensor_cores(network: Network, batch: int, precision: str = "float16") -> Simulator:
-    """A simulator whose layers all go through tensor cores, as after a measurement in which they were faster."""
-    simulator = Simulator(network, batch=batch, backend=CudaBackend(exact=False, precision=precision))
-    simulator.engine.tensor_layers[batch] = tuple(range(len(network.layers)))
-    return simulator
-
-
-def check_bound(precision: str, network: Network, x: np.ndarray, clusters: bool = False) -> None:
-    """Compare every step, from the cells and outputs of the step before, with float64.
-
-    clusters : whether all layers run in clusters of blocks
-    """
-    batch = x.shape[1]
-    result = through_tensor_cores(network, batch, precision).run(x, record=("events", "states"))
-    assert not result.exact
-    for name, path in result.paths.items():
-        product, _, blocks = path.partition(" in clusters of ")
-        assert product == f"tensor {precision}" and bool(blocks) == (clusters and name.endswith("w_rec"))
-    sent = [x, *(each.to_dense() for each in result.events)]
-    inside = total = 0
-    for k, layer in enumerate(network.layers):
-        parameters = layer_parameters(layer, np.float64)
-        c = y = np.zeros((batch, layer.units))
-        for t in range(len(x)):
-            before = sent[k][t].astype(np.float64), c, y
-            v = tolerance.rounded_cell_bound(precision, parameters, *before, instruction=clusters)
-            near = np.abs(v.value - parameters["threshold"]) <= v.error
-            c, y = result.states[k][t].astype(np.float64), sent[k + 1][t].astype(np.float64)
-            fired = v.value > parameters["threshold"]
-            assert np.array_equal((y != 0)[~near], fired[~near])
-            error = v.error + tolerance.U32 * (np.abs(v.value) + v.error + parameters["threshold"])
-            assert (np.abs(c - (v.value - fired * parameters["threshold"])) <= error)[~near].all()
-            assert (np.abs(y - fired * v.value) <= error)[~near].all()
-            inside, total = inside + near.sum(), total + near.size
-    assert 0.02 < np.mean(result.activity) < 0.98
-    if precision == "float16":
-        assert inside <= tolerance.INSIDE_MARGIN * total
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -12,7 +12,7 @@ from eventrnn.cuda.kernels.tensor_core_cluster import TILE
 from eventrnn.cuda.plan import Chip
 from eventrnn.cuda.tensor_core_tiles import Tiles, plan_tiles, shares
 from support import emulated_gpu
-from test_cuda_streams import check_bound, through_tensor_cores
+from support.tensor_cores import check_bound, through_tensor_cores
 
 
 def install(monkeypatch, blocks: int):
@@ -21,7 +21,8 @@ def install(monkeypatch, blocks: int):
     device = emulated_gpu.install(monkeypatch)
     monkeypatch.setattr(tensor_core_loop, "DRIVE_THREADS", 64)
     monkeypatch.setattr(tensor_core_tiles, "TILE_WARPS", 2)
-    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", 2020)
+    # Registers of a thread for two steps of weights.
+    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", 503)
     monkeypatch.setattr(type(device), "clusters", lambda self, size: 2 if size == blocks else 0)
     return device
 
@@ -37,7 +38,7 @@ def sparse(units: int, batch: int, steps: int, seed: int = 0, **how):
 
 def words_of(rng, n_pre: int, units: int, share: float) -> np.ndarray:
     """A sparse matrix as float16 words."""
-    dense = rng.standard_normal((n_pre, 3 * units)) * (rng.random((n_pre, 3 * units)) < share)
+    dense = np.where(rng.random((n_pre, 3 * units)) < share, rng.standard_normal((n_pre, 3 * units)), 0)
     return dense.astype(np.float16).view(np.uint16)
 
 
@@ -83,7 +84,7 @@ def test_plans_keep_the_limits_of_the_chip(batch):
 
 
 def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
-    chip, tiles = Chip(132, 20_000, {1: 132, 2: 66}), Tiles.of(words_of(np.random.default_rng(0), 128, 128, 1.0))
+    chip, tiles = Chip(132, 5_000, {1: 132, 2: 66}), Tiles.of(words_of(np.random.default_rng(0), 128, 128, 1.0))
     assert plan_tiles(tiles, 4, chip) is None
     assert plan_tiles(tiles, 4, Chip(132, 232_448, {})) is None
     assert plan_tiles(tiles, 4, Chip(132, 232_448, {1: 132, 2: 66})) is not None
