@@ -54,8 +54,8 @@ weights, which are read from L2 |
     the others, multiplies for 1500 to 1900, and updates cells and sends for 1750. Every block receives 22 KB per step.
     Distributed shared memory takes about 1.8 cycles per 32 bytes, whatever the size of a store: 1270 cycles. Copies of
     whole slices (`cp.async.bulk`) are no faster than `st.async` of four bytes per lane, but leave the threads free:
-    the recurrent kernel took 1.31 beside 1.40 µs at 1024 units and 16 streams. Products are bound by shared memory, from
-    which 168 of 288 steps of weights are read (the others are held in registers) and all outputs. Loading what the next
+    the recurrent kernel took 1.31 beside 1.40 µs at 1024 units and 16 streams. Products are bound by shared memory,
+    from which 168 of 288 steps of weights are read (the others are held in registers) and all outputs. Loading what the next
     steps read ahead of time made them 5 % slower. Eight clusters, of eight streams each, must be resident: this GPU
     holds 15 of 8 blocks, 9 of 9, and 7 of 10 to 16. One stream takes 1.32 µs this way at 1024 units, 0.78 by events.
 
