@@ -208,14 +208,15 @@ def _halves(word) -> np.ndarray:
 
 def _fragment(given: list, words: list[tuple[int, int, int]], shape: tuple[int, int], precision: str) -> np.ndarray:
     """The matrix whose fragment all lanes gave. words: of each its number, its row and its column in lane 0."""
-    matrix, transposed = np.zeros(shape), shape[1] == 8
-    for lane, own in enumerate(given):
-        for number, row, column in words:
-            pair = fake_gpu.widened(_halves(own[number]), precision)
-            for half in range(2):
-                along, across = 2 * (lane % 4) + half, lane // 4
-                at = (row + along, column + across) if transposed else (row + across, column + along)
-                matrix[at] = pair[half]
+    numbers, rows, columns = np.array(words).T
+    held = np.array([[own[number] for number in numbers] for own in given], np.int32)
+    values = fake_gpu.widened(held.view(np.uint16), precision).reshape(len(given), len(words), 2)
+    lane, half = np.arange(len(given))[:, None, None], np.arange(2)
+    along, across = 2 * (lane % 4) + half, lane // 4
+    if shape[1] == 8:
+        along, across = across, along
+    matrix = np.zeros(shape)
+    matrix[rows[:, None] + across, columns[:, None] + along] = values
     return matrix
 
 
