@@ -22,7 +22,7 @@ def install(monkeypatch, blocks: int):
     monkeypatch.setattr(tensor_core_loop, "DRIVE_THREADS", 64)
     monkeypatch.setattr(tensor_core_tiles, "TILE_WARPS", 2)
     # Registers of a thread for two steps of weights.
-    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", 503)
+    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", 239)
     monkeypatch.setattr(type(device), "clusters", lambda self, size: 2 if size == blocks else 0)
     return device
 

@@ -31,8 +31,8 @@ BANKS = 128 // ROW_BYTES
 CLUSTER_SIZES = (16, 12, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)
 PAIRS = (1, 2, SAMPLES // 2)
 
-# Registers of a multiprocessor, and those that a thread needs without weights.
-REGISTERS, OWN_REGISTERS = 65536, 68
+# Registers of a multiprocessor, those that a thread can have, and those that it needs without weights.
+REGISTERS, MAX_REGISTERS, OWN_REGISTERS = 65536, 248, 68
 
 # Threads per block, at most, and warps per block up to which every tile has a warp of its own.
 MAX_THREADS, TILE_WARPS = 1024, 16
@@ -205,7 +205,7 @@ def tile_plan(tiles: Tiles, blocks: int, pairs: int) -> TilePlan | None:
     if LANES * warps > MAX_THREADS:
         return None
     # Registers are given to four warps at a time, eight per thread.
-    registers = REGISTERS // (4 * LANES * -(-warps // 4)) // 8 * 8
+    registers = min(MAX_REGISTERS, REGISTERS // (4 * LANES * -(-warps // 4)) // 8 * 8)
     # A step that is held has four words of weights, and half a word for its rows.
     held = max(0, min(longest + longest % 2, (registers - OWN_REGISTERS) * 2 // 9 // 2 * 2))
     shared = layout(tiles, blocks, pairs, held, warps)[1]
