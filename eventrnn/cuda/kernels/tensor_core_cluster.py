@@ -55,14 +55,13 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels.cluster import in_all_lanes, wait_for_phase
+from eventrnn.cuda.kernels.cluster import in_all_lanes, make_cycles, wait_for_phase
 from eventrnn.cuda.kernels.persistent import MAX_POLLS
 from eventrnn.cuda.kernels.ptx import (
     add_relaxed,
     barrier_expect_bytes,
     barrier_init,
     barrier_init_done,
-    clock,
     cluster_arrive,
     cluster_wait,
     copy_async16,
@@ -215,14 +214,7 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
     hold_words = make_hold(max(1, held), load_readonly_words, STEP_BYTES)
     hold_rows = make_hold(max(1, held // 2), load_row, 4 * 32)
     held_product = make_held_product(max(1, held // 2), multiply)
-
-    @device_function
-    def cycles():
-        """The cycle counter of the multiprocessor, or 0 where phases are not measured."""
-        now = int64(0)
-        if clocked:
-            now = clock()
-        return now
+    cycles = make_cycles(clocked)
 
     @device_function
     def multiply_tile(values_at, units_at, steps, y_at, s0, s1, s2, s3):
