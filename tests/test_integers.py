@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from eventrnn.backend import INTEGERS, SPECIFICATION
@@ -53,6 +53,7 @@ def test_networks_have_the_bits_of_the_specification(network, batch, threads, se
     assert_same_state(steps.state, wanted.state)
 
 
+@example(inputs=65, units=1400, share=0.5, activity=0.3, size=0, seed=0)
 @given(
     inputs=st.sampled_from((1, 63, 65, 512, 513, 1100)),
     units=st.integers(22, 60),
@@ -62,7 +63,7 @@ def test_networks_have_the_bits_of_the_specification(network, batch, threads, se
     seed=st.integers(0, 9),
 )
 def test_products_have_the_bits_and_the_error_that_are_stated(inputs, units, share, activity, size, seed):
-    """Also of subnormal values, of ranges and groups of units that are full or not, and of more than 1023 terms."""
+    """Also of subnormal values, of several chunks of events, of more than 64 strips, and of more than 1023 terms."""
     rng = np.random.default_rng(seed)
     weights = in_blocks(rng.standard_normal((inputs, 3 * units)) * (rng.random((inputs, 1)) < share))
     x = np.ldexp(rng.standard_normal((3, 1, inputs)), size).astype(np.float32)
@@ -78,6 +79,18 @@ def test_products_have_the_bits_and_the_error_that_are_stated(inputs, units, sha
         assert np.array_equal(got, propagate_integers(integers, values, bias))
         bound = tolerance.integer_bound(integers.codes, integers.scales, values, bias, integers.bits)
         assert (np.abs(got.astype(np.float64) - exact.result(t)) <= bound).all()
+
+
+def test_every_rounded_value_is_multiplied():
+    """-2^14 to 2^14 times codes of both signs, beside a value that keeps the step at 1 and is a term itself."""
+    weights = np.concatenate([np.full((1, 66), 127), np.arange(66)[None] * 3 - 98])
+    weights[1, 0] = -127
+    values = np.arange(-(1 << 14), (1 << 14) + 1)[:, None].clip(-16383.75, 16383.75)
+    values = np.concatenate([np.full_like(values, 16383.75), values], axis=1).astype(np.float32)
+    product = Product(in_blocks(weights), Events.from_dense(values[None]), policy=KernelPolicy(exact=False))
+    whole = np.rint(values).astype(np.int64)
+    assert np.array_equal(np.unique(whole[:, 1]), np.arange(-(1 << 14), (1 << 14) + 1))
+    assert np.array_equal(product.result(0), (whole @ weights).astype(np.float32))
 
 
 def test_the_largest_sums_fit():

@@ -20,7 +20,7 @@ lie.
                                                                 units of a block row        index, first segment
     FEW_BLOCKS     as BLOCKS, for few narrow segments per unit
     STRIPS         segments of 64 columns, by column and then by unit: `kernels/strips.py`
-    INTEGER_BLOCKS as STRIPS, for integer sums: `kernels/integer_products.py`
+    INTEGER_BLOCKS segments of 64 columns, by unit and then by column: `kernels/integer_products.py`
     GATED          pieces of blocks, one after the other    -                           the header of `tables.py`,
                                                                                         then the pieces
 
@@ -41,11 +41,14 @@ import numpy as np
 
 from eventrnn._integers import ceil_div, round_up
 from eventrnn.cpu.kernels.simd import AVX512, LANES
+from eventrnn.cpu.kernels.strip_events import QUADS
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.tables import (
     BFLOAT16,
     BLAS,
     BLOCKS,
+    CHUNK_EVENTS,
+    CHUNK_PITCH,
     FEW_BLOCKS,
     FIELDS,
     FLOAT32,
@@ -57,6 +60,8 @@ from eventrnn.cpu.tables import (
     IN_PLACE,
     INT8,
     INTEGER_BLOCKS,
+    LIST_WORDS,
+    LISTED_STRIPS,
     MASKED,
     RANGE_UNITS,
     ROW_TILE,
@@ -64,11 +69,13 @@ from eventrnn.cpu.tables import (
     ROWS,
     SCATTER,
     SEGMENT_WIDTHS,
+    SEGMENT_WORDS,
     SINGLE_TILES,
     SMALL_PANEL_BITS,
     STRIP_FIELDS,
     STRIP_GROUP,
     STRIPS,
+    STRIPS_PER_WORD,
 )
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, GatedBlocks, Weights
 
@@ -146,8 +153,8 @@ class PoolBuilder:
         return self._add(1, self.index, index.astype(np.int32, copy=False))
 
     def add_pointers(self, pointers: np.ndarray) -> int:
-        """Append pointers; returns their offset."""
-        return self._add(2, self.pointers, pointers.astype(np.int64, copy=False))
+        """Append pointers; returns their offset, which is on a cache line."""
+        return self._add(2, self.pointers, _whole_lines(pointers))
 
     def _add(self, kind: int, pool: list[np.ndarray], array: np.ndarray) -> int:
         at = self.sizes[kind]
@@ -156,14 +163,12 @@ class PoolBuilder:
         return at
 
     def freeze(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """values (float32, on a cache line), index (int32) and pointers (int64), padded for vector loads."""
+        """values (float32, on a cache line), index (int32), and pointers (int64, likewise), padded for vector loads."""
         values = aligned_zeros(self.sizes[0] + PADDING, np.float32)
         np.concatenate([*self.values, np.zeros(0, np.float32)], out=values[: self.sizes[0]])
-        return (
-            values,
-            np.concatenate([*self.index, np.zeros(4 * LANES, np.int32)]),
-            np.concatenate([*self.pointers, np.zeros(1, np.int64)]),
-        )
+        pointers = aligned_zeros(self.sizes[2] + 1, np.int64)
+        np.concatenate([*self.pointers, np.zeros(0, np.int64)], out=pointers[: self.sizes[2]])
+        return values, np.concatenate([*self.index, np.zeros(4 * LANES, np.int32)]), pointers
 
 
 @dataclass(frozen=True)
@@ -215,8 +220,10 @@ def pack(
         return _pack_single(pools, entries.placed(segments_padded), weights, segments)
     groups = _column_groups(weights, segments) if dense_kind == ROW_TILES else [segments]
     placed = [entries.placed(group) for group in groups]
-    if dense_kind == INTEGER_BLOCKS or (dense_kind == STRIPS and _side_by_side(placed[0], segments)):
-        return [_pack_strips(pools, placed[0], weights, segments, dense_kind)]
+    if dense_kind == INTEGER_BLOCKS:
+        return [_pack_integers(pools, placed[0], weights, segments)]
+    if dense_kind == STRIPS and _side_by_side(placed[0], segments):
+        return [_pack_strips(pools, placed[0], weights, segments)]
     return [_pack_blocks(pools, each, weights, group) for each, group in zip(placed, groups, strict=True)]
 
 
@@ -444,10 +451,34 @@ def _side_by_side(entries: _Entries, segments: list[Segment]) -> bool:
     return bool(((entries.column - segments[0].position) % entries.width == 0).all())
 
 
-def _pack_strips(
-    pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment], kind: int
-) -> list[int]:
-    """Block segments of some neighbouring columns, as a column tile of kind STRIPS or INTEGER_BLOCKS."""
+def _pack_integers(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[int]:
+    """Block segments of some neighbouring columns, as a column tile of kind INTEGER_BLOCKS."""
+    n_pre, (low, high), whole = weights.shape[0], _bounds(segments), _side_by_side(entries, segments)
+    positions = np.arange(low, high, entries.width) if whole else np.unique(entries.column)
+    words, chunks = ceil_div(len(positions), STRIPS_PER_WORD), ceil_div(n_pre, CHUNK_EVENTS)
+    kept = np.zeros((n_pre, words * STRIPS_PER_WORD), bool)
+    kept[entries.unit, np.searchsorted(positions, entries.column)] = True
+    bits = np.packbits(kept, axis=1, bitorder="little").view(np.int64)
+    units = np.concatenate([SEGMENT_WORDS * _pointers(entries.unit, n_pre)[:-1, None], bits], axis=1)
+    # Seven arrays by event, or six and bytes by strip; counts and lists.
+    scratch = (chunks + 1) * (7 * CHUNK_PITCH + LISTED_STRIPS * (1 + LIST_WORDS))
+    parts = positions, units.ravel(), np.zeros(scratch, np.int64)
+    at = pools.add_pointers(np.concatenate([_whole_lines(each) for each in parts]))
+    values = entries.values
+    if QUADS:
+        # Interleaving bytes within quarters of a vector exchanges these axes of the columns; so they lie exchanged.
+        values = np.ascontiguousarray(values.reshape(-1, 4, 4, 4).transpose(0, 2, 1, 3))
+    table = [INTEGER_BLOCKS, _storage(weights), low, high, pools.add_values(values), 0, at]
+    return [*table, weights.integer_bits(), len(positions), _scales(pools, weights), int(whole), 0]
+
+
+def _whole_lines(words: np.ndarray) -> np.ndarray:
+    """Words of 64 bits, with zeros up to a whole number of cache lines."""
+    return np.concatenate([words.astype(np.int64, copy=False), np.zeros(-len(words) % 8, np.int64)])
+
+
+def _pack_strips(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[int]:
+    """Block segments of some neighbouring columns, as a column tile of kind STRIPS."""
     order = np.lexsort((entries.unit, entries.column))
     unit, column, values = entries.unit[order].astype(np.int64), entries.column[order], entries.values[order]
     low, high = _bounds(segments)
@@ -477,9 +508,8 @@ def _pack_strips(
     index_at = pools.add_index(unit.astype(np.uint16))
     values_at = pools.add_values(np.concatenate([tests.ravel(), values.view(np.uint8).ravel()]))
     scales = _scales(pools, weights)
-    width = weights.integer_bits() if kind == INTEGER_BLOCKS else entries.width
-    table = [kind, _storage(weights), low, high, values_at, index_at, at]
-    return [*table, width, len(positions), scales, int(whole), 0]
+    table = [STRIPS, _storage(weights), low, high, values_at, index_at, at]
+    return [*table, entries.width, len(positions), scales, 0, 0]
 
 
 def _column_groups(weights: BlockCSR, segments: list[Segment]) -> list[list[Segment]]:

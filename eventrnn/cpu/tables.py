@@ -97,7 +97,7 @@ GATED_PIECE = 256
 # Drive rows that a product with gated blocks computes together, so that they share the weights they read.
 GATED_ROWS = 64
 
-# A tile of kind STRIPS or INTEGER_BLOCKS (`kernels/strips.py`) has a table of strips, and one of groups of segments.
+# A tile of kind STRIPS (`kernels/strips.py`) has a table of strips, and one of groups of segments.
 #   STRIP_POSITION  position in a drive row
 #   STRIP_GROUP     number of its first group, from 0
 #   STRIP_BASE      number of its first segment
@@ -109,6 +109,13 @@ STRIP_FIELDS, GROUP_FIELDS = 3, 4
 
 # Units of a range, and segments of a group, at most.
 RANGE_UNITS, GROUP_SEGMENTS = 512, 64
+
+# A tile of kind INTEGER_BLOCKS (`kernels/integer_products.py`) has a bit per unit and strip, STRIPS_PER_WORD of them in
+# a word of 64 bits. The events of LISTED_STRIPS strips are listed at a time, and those of a chunk, up to CHUNK_EVENTS,
+# in LIST_WORDS words. Arrays by event have CHUNK_PITCH elements per chunk. A segment has SEGMENT_WORDS words.
+STRIPS_PER_WORD, LISTED_STRIPS = 64, 8
+
+CHUNK_EVENTS, CHUNK_PITCH, LIST_WORDS, SEGMENT_WORDS = 192, 256, 40, 8
 
 #: storages of weights
 FLOAT32, BFLOAT16, INT8 = range(3)

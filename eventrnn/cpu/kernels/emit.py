@@ -59,6 +59,27 @@ def for_each(builder, stop, body, start=None, step: int = 1, unrolled: bool = Tr
     builder.position_at_end(done)
 
 
+def carry_each(builder, stop, values, body, start=None):
+    """Emit a loop as `for_each` does, not unrolled, that carries values: returns what body(k, values) made of them."""
+    first, entry = I64(0) if start is None else start, builder.block
+    loop, done = builder.append_basic_block("loop"), builder.append_basic_block("loop.done")
+    builder.cbranch(builder.icmp_signed(">", stop, first), loop, done)
+    builder.position_at_end(loop)
+    k, carried = builder.phi(I64), [builder.phi(each.type) for each in values]
+    after = [builder.add(k, I64(1)), *body(k, carried)]
+    for phi, before, following in zip([k, *carried], [first, *values], after, strict=True):
+        phi.add_incoming(before, entry)
+        phi.add_incoming(following, builder.block)
+    never_unrolled(builder, builder.cbranch(builder.icmp_signed("<", after[0], stop), loop, done))
+    last = builder.block
+    builder.position_at_end(done)
+    results = [builder.phi(each.type) for each in values]
+    for result, before, following in zip(results, values, after[1:], strict=True):
+        result.add_incoming(before, entry)
+        result.add_incoming(following, last)
+    return results
+
+
 def never_unrolled(builder, branch):
     """Make LLVM leave the loop as it is that this branch repeats."""
     module = builder.module

@@ -133,7 +133,7 @@ def by_strips(dtype):
                 list_segments(tests, tests_at, pointers, groups, n_groups, fired, listed)
                 end = np.int64(0)
                 for s in range(strips, strips + STRIP_FIELDS * column_tile[PITCH], STRIP_FIELDS):
-                    begin, (position, base, _, end) = end, strip_at(pointers, s, groups)
+                    begin, (position, base, end) = end, strip_at(pointers, s, groups)
                     # planted fault: scale of another unit, strips
                     # planted fault: last event of a strip
                     sum_strip(

@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from eventrnn.cpu.kernels.emit import emit_prefetch, for_each, never_unrolled
+from eventrnn.cpu.kernels.emit import carry_each, for_each
 from eventrnn.cpu.kernels.jit import inlined
 from eventrnn.cpu.kernels.simd import AVX512, I1, I16, I32, I64, LANES, address, call, may_use
 from eventrnn.cpu.tables import (
@@ -79,10 +79,10 @@ def forget_events(pointers, fired, lists):
 
 @inlined
 def strip_at(pointers, strip, groups):
-    """Position of a strip in a drive row, its first segment and that of the next strip, and where its list ends."""
+    """Position of a strip in a drive row, its first segment, and where its list ends."""
     following = strip + STRIP_FIELDS
     end = pointers[groups + GROUP_FIELDS * (pointers[following + STRIP_GROUP] - 1) + 3]
-    return pointers[strip + STRIP_POSITION], pointers[strip + STRIP_BASE], pointers[following + STRIP_BASE], end
+    return pointers[strip + STRIP_POSITION], pointers[strip + STRIP_BASE], end
 
 
 @intrinsic
@@ -156,42 +156,17 @@ def _list_one_by_one(builder, byte_at, bit_at, bits, row, size, list_at, end_at)
     for_each(builder, size, segment)
 
 
-def sum_listed(builder, lists, count, units, segments, base, totals, add, next_base=None):
+def sum_listed(builder, lists, count, units, segments, base, totals, add):
     """Emit the loop over the `count` listed segments of a strip; returns the sums, vectors, that begin as `totals`.
 
     add(unit, segment, totals) emits the sums with one segment more. `lists` points to the numbers of the segments
     within the strip, `units` to the unit of each row, `segments` to rows of 64 weights, of which `base` is the first of
-    the strip. With `next_base` each segment prefetches one of the next strip, whose rows begin there and whose list
-    follows.
+    the strip.
     """
 
-    def row_of(first_row, k):
-        return builder.add(first_row, builder.zext(builder.load(builder.gep(lists, [k])), I64))
+    def listed(k, sums):
+        row = builder.add(base, builder.zext(builder.load(builder.gep(lists, [k])), I64))
+        unit = builder.zext(builder.load(builder.gep(units, [row])), I64)
+        return add(unit, builder.gep(segments, [builder.mul(row, I64(4 * LANES))]), sums)
 
-    def segment_of(row):
-        return builder.gep(segments, [builder.mul(row, I64(4 * LANES))])
-
-    entry, loop = builder.block, builder.append_basic_block("segments")
-    done = builder.append_basic_block("segments.done")
-    builder.cbranch(builder.icmp_signed(">", count, I64(0)), loop, done)
-    builder.position_at_end(loop)
-    k = builder.phi(I64)
-    k.add_incoming(I64(0), entry)
-    sums = [builder.phi(each.type) for each in totals]
-    row = row_of(base, k)
-    if next_base is not None:
-        emit_prefetch(builder, segment_of(row_of(next_base, builder.add(k, count))))
-    unit = builder.zext(builder.load(builder.gep(units, [row])), I64)
-    after = add(unit, segment_of(row), sums)
-    following = builder.add(k, I64(1))
-    k.add_incoming(following, loop)
-    for total, first, last in zip(sums, totals, after, strict=True):
-        total.add_incoming(first, entry)
-        total.add_incoming(last, loop)
-    never_unrolled(builder, builder.cbranch(builder.icmp_signed("<", following, count), loop, done))
-    builder.position_at_end(done)
-    results = [builder.phi(each.type) for each in totals]
-    for result, first, last in zip(results, totals, after, strict=True):
-        result.add_incoming(first, entry)
-        result.add_incoming(last, loop)
-    return results
+    return carry_each(builder, count, totals, listed)
