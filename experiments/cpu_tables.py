@@ -102,14 +102,23 @@ OPEN_GOALS = (
     ),
     (
         "int8 products in integers, 5 times",
-        "3.6 times in most minutes (5.5 to 5.9 µs and 20 to 21), 3.9 to 4.7 in others (3.3 to 3.8 µs and 14 to 18): "
-        "860 segments take about 6.5 cycles each, conversion and multiplication of their weights alone 4, and "
-        "fetching them 3.6; the ends of 64 loops of 13 segments can be mispredicted",
-        "weights on a large page: 1.4 times as fast expected, 0.9 and 1.2 found; bits of units from a comparison of "
-        "vectors in place of a bit per event: 0.2 µs expected, 0.96 and 1.02 times as fast found; neither kept. A "
-        "longer warm-up: 3.6 times with and without. Not built: four segments interleaved as bytes, with weights + "
-        "128 and events as two signed bytes: by count of instructions 1.6 µs of sums in place of 2.0, 4.5 to 5 "
-        "times in a quiet minute",
+        "6.2, 6.0, 4.6 and 4.3 times in four runs: quiet minutes 2.5 µs (0.3 of it rounds the events and looks up "
+        "their bits, 0.1 transposes the bits, 0.3 lists, 0.4 starts and ends the sums, 1.4 adds, of which fetching the "
+        "weights from the L2 cache is 0.2), busy ones 4.4, where the loop in C takes 12.5 and 20",
+        "segments interleaved as bytes alone: 4.5 to 5 times expected, 3.9 found, as before; the tests of 8,700 stored "
+        "segments, and the tables that they read, took as long as the sums. Events of a strip from transposed bits, "
+        "and no tables: 1.35 times as fast expected of a loop in C, 1.25 to 1.35 found, at 2 % and 50 % of units "
+        "active 1.24 to 1.55 and 1.26. A fixed number of turns against mispredicted ends of loops: 1.2 expected, 0.97 "
+        "found; offsets by counting bits in place of one that moves on: 0.85; neither kept. Earlier: weights on a "
+        "large page 0.9 and 1.2, bits of units from a comparison of vectors 0.96 and 1.02",
+    ),
+    (
+        "int8 products of 4x8 blocks in integers, 5 times",
+        "exact sums reach 1.4 to 1.9 times; 5 times would be 1.3 cycles for each of 6,800 segments, whose drives alone "
+        "take two memory accesses",
+        "a loop in C that adds all four units of a block by one instruction, to partial sums in memory: 3.3 to 4 µs "
+        "expected, 8 to 11 found, also with all weights in the L1 cache, where exact sums take 6.4 in quiet minutes; "
+        "output by output, 6.5 to 9 by count of instructions. Neither built",
     ),
     (
         "product, batch 20, 2.5 times",
@@ -176,14 +185,14 @@ def cpu_blocks() -> str:
     address has the same lower 12 bits. So it is with blocks of 4x8, which have 6,800 segments of 8 weights.
 
     Integer sums (`--no-exact`, [Numerics](numerics.md#integers)) have no order, and go output by output in registers.
-    In runs of nothing else, whose weights stay in the L2 cache, they take 3.3 µs and exact sums 5.0. About 0.5 µs of
-    them round the events, 0.7 µs find the segments of active units, and 2 µs add them; a loop that only fetches their
-    860 cache lines from the L2 cache takes 1.1 µs. Integer sums take 5 to 6 µs in
-    other minutes of the host, and the loop 20.
+    Four segments are interleaved as bytes, so that one instruction of AVX512-VNNI adds four products to a column, and
+    the events of 64 columns are listed from transposed bits of the active units. In quiet minutes they take 2.5 µs,
+    before both 3.3, and exact sums 5.0; in busy ones 4.4, 5.2 and 7.7, and the loop 20.
     A whole layer gained nothing that two runs each could tell. Exact sums go output by output as well, in ascending
     order of units, where a matrix has up to 512 KB: at 512 units in float32 a product takes 0.72 µs, and 0.98 event by
     event; at 1350 units the list costs about what the stores do. Blocks of 4x8 have no such path: the ends of the loops
-    of 507 outputs of 8 columns would be mispredicted, 20 cycles each, more than a fifth of the time of the loop in C.
+    of 507 outputs of 8 columns would be mispredicted, 20 cycles each, more than a fifth of the time of the loop in C,
+    and integer sums event by event take as long as exact ones.
     """
     rows = []
     for row in acceptance():
