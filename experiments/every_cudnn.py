@@ -33,6 +33,9 @@ CASES = [
     *(BLOCKS | {"hidden": hidden, "batch": batch} for hidden in (768, 1024) for batch in (16, 64)),
     *(BLOCKS | {"hidden": hidden, "batch": batch} for hidden in (512, 1344) for batch in (16, 64)),
 ]
+# With exact=False, layers whose weights lie in the shared memory of a cluster go through tensor cores.
+CASES += [BLOCKS | {"hidden": hidden, "batch": 64, "exact": False} for hidden in (1350, 1024, 768, 512)]
+CASES += [BLOCKS | {"hidden": hidden, "batch": 16, "exact": False} for hidden in (1024, 1344)]
 STEPS, REPEATS = 1000, 9
 
 
@@ -40,6 +43,9 @@ def main(
     hidden: Annotated[list[int] | None, typer.Option(help="Only layers of so many units; may be repeated.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Only this batch size; may be repeated.")] = None,
     format: Annotated[str | None, typer.Option(help="Only this format: block or dense.")] = None,
+    exact: Annotated[
+        bool | None, typer.Option(help="Only exact layers, or only those that may use tensor cores.")
+    ] = None,
     results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS,
 ) -> None:
     """Measure every case that is asked for, and append a line each."""
@@ -47,19 +53,23 @@ def main(
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = [line for line in lines if line["commit"] == at and not at.endswith("-changed")]
     wanted = {"hidden": hidden, "batch": batch, "format": [format] if format else None}
-    cases = [case for case in CASES if all(not each or case[name] in each for name, each in wanted.items())]
+    wanted |= {"exact": None if exact is None else [exact]}
+    every = [{"exact": True} | case for case in CASES]
+    cases = [case for case in every if all(not each or case[name] in each for name, each in wanted.items())]
     if not cases:
         raise typer.BadParameter(f"got {wanted}, which no case has; the cases are {CASES}")
     for case in cases:
         case = {"backend": "cuda", "against": "cudnn-persistent", "steps": STEPS, "repeats": REPEATS} | case
-        asked = bench.Case(**case).record()
-        if any(all(line.get(name) == value for name, value in asked.items()) for line in done):
+        asked = {"exact": True} | bench.Case(**case).record()
+        if any(all(({"exact": True} | line).get(name) == value for name, value in asked.items()) for line in done):
             continue
         line = {"commit": at, "time": datetime.now(UTC).isoformat(timespec="seconds"), **bench.inference(**case)}
         with results.open("a") as file:
             file.write(as_line(line) + "\n")
         us = f"{line['us_per_step']:.2f} µs, {line['against_variant']} {line['against_us_per_step']:.2f} µs"
-        console.print(f"{case['hidden']} units, batch {case['batch']}, {case['format']}: {us}, {line['speedup']:.2f}x")
+        console.print(
+            f"{case['hidden']} units, batch {case['batch']}, {case['format']}{'' if case['exact'] else ', not exact'}: {us}, {line['speedup']:.2f}x"
+        )
 
 
 if __name__ == "__main__":

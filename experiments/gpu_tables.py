@@ -53,8 +53,9 @@ which are read from L2 |
     product.
     """
     lines, rows = read("cudnn_persistent"), []
-    for format, batch, hidden in product(("block", "dense"), (1, 16, 64), (512, 768, 1024, 1344, 1350, 1536)):
-        line = last(lines, format=format, batch=batch, hidden=hidden)
+    sizes = product(("block", "dense"), (1, 16, 64), (512, 768, 1024, 1344, 1350, 1536), (True, False))
+    for format, batch, hidden, exact in sizes:
+        line = last(lines, format=format, batch=batch, hidden=hidden, exact=exact)
         if line is None:
             continue
         cells = []
@@ -64,6 +65,7 @@ which are read from L2 |
             cells.append(" / ".join(number(min(us)) if us else "-" for us in found))
         fastest = line["against_variant"].removeprefix("cudnn-persistent ")
         weights = "dense" if format == "dense" else "90 % of 1x32 blocks pruned, bfloat16"
+        weights += "" if exact else ", tensor cores"
         us = (number(line["us_per_step"]), number(line["against_us_per_step"]), fastest, times(line["speedup"]))
         rows.append(((weights, str(hidden), str(batch), *us, *cells), [line]))
     columns = ("weights", "units", "batch", "µs per step", "cuDNN, µs", "its fastest variant", "times faster")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from eventrnn.cuda import tables
+from eventrnn.cuda import tables, tensor_core_tiles
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.gated_layer import GatedLayer, GatedPlan
@@ -58,7 +58,8 @@ class DeviceNetwork:
         self.network, self.device, self.precision = network, device, precision
         self.units = [layer.units for layer in network.layers]
         self.gates = [layer.cell.gates for layer in network.layers]
-        clusters = {size: device.clusters(size) for size in CLUSTER_SIZES}
+        sizes = {*CLUSTER_SIZES, *(tensor_core_tiles.CLUSTER_SIZES if precision else ())}
+        clusters = {size: device.clusters(size) for size in sizes}
         self.chip = Chip(device.multiprocessors, device.shared_bytes, clusters)
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
         self.names = list(network.matrices())
@@ -153,7 +154,15 @@ class DeviceNetwork:
         with device.on_stream():
             cublas = Cublas(device) if any(able) else None
             made = zip(self.network.layers, able, strict=True)
-            return [TensorLayer.of(device, cublas, each, precision) if cublas and can else None for each, can in made]
+            return [
+                TensorLayer.of(device, cublas, each, precision, self.chip) if cublas and can else None
+                for each, can in made
+            ]
+
+    def tensor_able(self, batch: int) -> list[int]:
+        """The layers that may go through tensor cores with so many samples."""
+        able = [(k, layer) for k, layer in enumerate(self.tensors) if layer is not None]
+        return [k for k, layer in able if batch >= MIN_STREAMS or layer.loop(batch) is not None]
 
     # --- plans ---
 
@@ -220,8 +229,10 @@ class DeviceNetwork:
         plans = self.plans(batch, tensor_layers)
         for layers, each in zip(self.launches(batch, tensor_layers), plans, strict=True):
             if each is None:
-                names = (MatrixId.of(layers.start, role) for role in ("w_rec", "w_in"))
-                found |= dict.fromkeys(names, f"tensor {self.precision}")
+                layer = self.tensors[layers.start]
+                assert layer is not None
+                found[MatrixId.of(layers.start, "w_rec")] = layer.path(batch)
+                found[MatrixId.of(layers.start, "w_in")] = f"tensor {self.precision}"
                 continue
             k = layers.start
             loop = self.loop(k, batch)

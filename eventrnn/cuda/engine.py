@@ -24,7 +24,7 @@ from eventrnn.cuda.run import CapturedRun, EventLists, Run
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.stepper import CudaStepper, StepLoop
 from eventrnn.cuda.tables import LANES, STATUS_FIELDS
-from eventrnn.cuda.tensor_core_layer import MEASURED_RUNS, MEASURED_STEPS, MIN_STREAMS, fastest_layers
+from eventrnn.cuda.tensor_core_layer import MEASURED_RUNS, MEASURED_STEPS, fastest_layers
 from eventrnn.state import FireCounts, InputKind, Inputs, State, Trace, on_gpu
 
 if TYPE_CHECKING:
@@ -191,7 +191,8 @@ class CudaEngine:
 
     def _measured_layers(self, inputs: Inputs, flat: Any) -> tuple[int, ...]:
         """The layers that are faster through tensor cores, by timing these inputs from this state on."""
-        if inputs.batch < MIN_STREAMS:
+        able = self.packed.tensor_able(inputs.batch)
+        if not able:
             return ()
 
         def seconds(tensor_layers: tuple[int, ...]) -> float:
@@ -203,7 +204,7 @@ class CudaEngine:
             return min(self.device.seconds(enqueue) for _ in range(MEASURED_RUNS))
 
         try:
-            return fastest_layers([k for k, each in enumerate(self.packed.tensors) if each is not None], seconds)
+            return fastest_layers(able, seconds)
         finally:
             self.tensor_layers.pop(inputs.batch, None)
 

@@ -8,7 +8,8 @@ the events. The input drives of many steps are computed in one product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +23,17 @@ from eventrnn.cuda.kernels.tensor_core_cells import (
     densify_kernel,
     round_rows_kernel,
 )
+from eventrnn.cuda.kernels.tensor_core_ptx import MULTIPLY
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
+from eventrnn.cuda.tensor_core_loop import TileLoop, fits
+from eventrnn.cuda.tensor_core_tiles import Tiles, plan_tiles
 from eventrnn.weights import GatedBlocks
 
 if TYPE_CHECKING:
     from eventrnn.cuda.cublas import Cublas
     from eventrnn.cuda.device import Device
+    from eventrnn.cuda.plan import Chip
     from eventrnn.cuda.run_buffers import RunBuffers
     from eventrnn.network import Layer
 
@@ -40,12 +45,12 @@ PADDED_TO = 8
 # ones whose drives stay in the L2 cache.
 DRIVE_BYTES = 256 << 20
 
-# Streams from which tensor cores are tried. With fewer, layers go by events without a measurement, because events are
-# then faster whatever the weights.
+# Streams from which a product of cuBLAS per step is tried. With fewer, layers without a loop of clusters go by events
+# without a measurement, because events are then faster whatever the weights.
 MIN_STREAMS = 4
 
 # Steps of a measured run, and the number of runs whose fastest counts.
-MEASURED_STEPS, MEASURED_RUNS = 16, 3
+MEASURED_STEPS, MEASURED_RUNS = 64, 3
 
 # Threads per block of the kernel for cells, and of the kernels for rows.
 CELL_THREADS, ROW_THREADS = 128, 256
@@ -67,6 +72,9 @@ class TensorLayer:
     w_in, w_rec   : (padded inputs, 3 * padded units) and (padded units, 3 * padded units) in the type of `precision`
     vectors       : (VECTORS, padded units) float32: biases of u and r, of both drives together; biases of the
                     candidate's input drive and of its recurrent drive; thresholds
+    chip          : what plans of clusters must keep
+    words         : the rounded input and recurrent weights on the host, without padding
+    loops         : by batch, the loop of clusters, or None
     """
 
     device: Device
@@ -77,21 +85,51 @@ class TensorLayer:
     w_in: Any
     w_rec: Any
     vectors: Any
+    chip: Chip
+    words: tuple[np.ndarray, np.ndarray]
+    loops: dict[int, TileLoop | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str) -> TensorLayer:
+    def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str, chip: Chip) -> TensorLayer:
         """The weights of a layer for which `exact_because` is None."""
-        w_in, w_rec = (_rounded(device, _padded(w.to_dense()), precision) for w in (layer.w_in, layer.w_rec))
+        dense = layer.w_in.to_dense(), layer.w_rec.to_dense()
+        w_in, w_rec = (device.put(rounded(_padded(each), precision)) for each in dense)
+        words = rounded(dense[0], precision), rounded(dense[1], precision)
         bias_in, bias_rec = (each.reshape(3, -1) for each in (layer.bias_in, layer.bias_rec))
         vectors = np.zeros((VECTORS, _round_up(layer.units)), np.float32)
         vectors[:2, : layer.units] = bias_in[:2] + bias_rec[:2]
         vectors[2:, : layer.units] = bias_in[2], bias_rec[2], np.broadcast_to(layer.threshold, layer.units)
-        return cls(device, cublas, precision, layer.units, layer.inputs, w_in, w_rec, device.put(vectors))
+        sizes = layer.units, layer.inputs
+        return cls(device, cublas, precision, *sizes, w_in, w_rec, device.put(vectors), chip, words)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The padded numbers of units and of inputs."""
         return _round_up(self.units), _round_up(self.inputs)
+
+    def loop(self, batch: int) -> TileLoop | None:
+        """The loop of clusters for so many samples; None where every step is a product of cuBLAS."""
+        if batch not in self.loops:
+            plan = plan_tiles(self.tiles[1], batch, self.chip) if self._has_tiles else None
+            self.loops[batch] = (
+                None if plan is None else TileLoop(self.device, self.precision, *self.tiles, self.vectors, plan)
+            )
+        return self.loops[batch]
+
+    @property
+    def _has_tiles(self) -> bool:
+        return self.precision in MULTIPLY and fits(self.inputs, self.chip.shared_bytes)
+
+    @cached_property
+    def tiles(self) -> tuple[Tiles, Tiles]:
+        """The tiles of the input weights and of the recurrent ones, for `loop`."""
+        w_in, w_rec = self.words
+        return Tiles.of(w_in, even=True), Tiles.of(w_rec)
+
+    def path(self, batch: int) -> str:
+        """What computes the recurrent products."""
+        loop = self.loop(batch)
+        return f"tensor {self.precision}" + (f" in clusters of {loop.plan.blocks} blocks" if loop else "")
 
     def enqueue(
         self, buffers: RunBuffers, k: int, table, row_of, after, sent: tuple[int, int], counts: int, status
@@ -105,6 +143,10 @@ class TensorLayer:
                         the array alive, so only its address is passed
         counts        : address of the event counts of the layer, 0 if events are not counted
         """
+        loop = self.loop(buffers.batch)
+        if loop is not None:
+            loop.enqueue(buffers, k, table, row_of, after, sent, counts, status)
+            return
         units, inputs = self.sizes
         steps, batch, kind = buffers.steps, buffers.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
         x = buffers.scratch(("x", k), (steps * batch, inputs), kind)
@@ -233,11 +275,11 @@ def _padded(dense: np.ndarray) -> np.ndarray:
     return padded.reshape(len(padded), -1)
 
 
-def _rounded(device: Device, matrix: np.ndarray, precision: str) -> Any:
-    """A float32 matrix on the device, rounded to nearest, ties to even. For "tf32" cuBLAS rounds in the product."""
+def rounded(matrix: np.ndarray, precision: str) -> np.ndarray:
+    """A float32 matrix rounded to nearest, ties to even, as uint16. For "tf32" it stays: cuBLAS rounds in the product."""
     if precision == "float16":
-        return device.put(matrix.astype(np.float16).view(np.uint16))
+        return matrix.astype(np.float16).view(np.uint16)
     if precision == "bfloat16":
         words = matrix.view(np.uint32)
-        return device.put(((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16))
-    return device.put(matrix)
+        return ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)
+    return matrix

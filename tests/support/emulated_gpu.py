@@ -21,7 +21,7 @@ import numpy as np
 from eventrnn import cells
 from support import fake_gpu
 from support.fake_gpu import FakeDevice, enqueued
-from support.python_kernels import KINDS, Pointed
+from support.python_kernels import KINDS, Pointed, _add
 
 #: rules of `cells.py` that the kernels call
 RULES = ("egru_value", "egru_paper_value", "egru_reset_gate", "gru_value", "gru_before_value", "lstm_value")
@@ -162,6 +162,11 @@ def _copy_bulk(target, source, size, barrier) -> None:
     transactions[_whole(barrier)].count(0, -int(size))
 
 
+def _copy_to_block(target, source, size, barrier) -> None:
+    ctypes.memmove(_whole(target), _whole(source), int(size))
+    transactions[_whole(barrier)].count(0, -int(size))
+
+
 def _to_rank(address, rank) -> np.int32:
     at = here.memories[int(rank)] + _whole(address) - here.shared_at
     return np.int64(at).astype(np.int32)
@@ -216,6 +221,7 @@ SHORT_ADDRESSES = {
     "load_shared_float": lambda at: np.float32(fake_gpu.floats(_whole(at), 1)[0]),
     "store_shared2": lambda at, a, b: ctypes.memmove(_whole(at), struct.pack("<ii", int(a), int(b)), 8),
     "store_shared_float4": lambda at, *values: ctypes.memmove(_whole(at), struct.pack("<4f", *map(float, values)), 16),
+    "load_shared_float2": lambda at: tuple(map(np.float32, fake_gpu.floats(_whole(at), 2))),
     "store_shared_float": lambda at, value: ctypes.memmove(_whole(at), struct.pack("<f", float(value)), 4),
     "store_shared_pair_if": _store_pair_if,
     "at_most_one": lambda word: np.int32(int(word) != 0),
@@ -279,9 +285,72 @@ def _store(address, value):
     fake_gpu.floats(address, 1)[0] = value
 
 
+def _halves(word) -> np.ndarray:
+    return np.array([word], np.int32).view(np.uint16)
+
+
+def _fragment(given: list, words: list[tuple[int, int, int]], shape: tuple[int, int], precision: str) -> np.ndarray:
+    """The matrix whose fragment all lanes of a warp gave. words: of each the number, its row and its column in lane 0."""
+    matrix, transposed = np.zeros(shape), shape[1] == 8
+    for lane, own in enumerate(given):
+        for number, row, column in words:
+            pair = fake_gpu.widened(_halves(own[number]), precision)
+            for half in range(2):
+                along, across = 2 * (lane % 4) + half, lane // 4
+                at = (row + along, column + across) if transposed else (row + across, column + along)
+                matrix[at] = pair[half]
+    return matrix
+
+
+def _multiply(precision: str):
+    def multiply(*own):
+        given = here.warp.exchange(here.lane, own)
+        a = _fragment(given, [(0, 0, 0), (1, 8, 0), (2, 0, 8), (3, 8, 8)], (16, 16), precision)
+        b = _fragment(given, [(4, 0, 0), (5, 8, 0)], (16, 8), precision)
+        row, column = here.lane // 4, 2 * (here.lane % 4)
+        places = (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1)
+        return tuple(np.float32(c + a[i] @ b[:, j]) for c, (i, j) in zip(own[6:], places, strict=True))
+
+    return multiply
+
+
+def _load_columns(count: int):
+    """Fragments of `count` matrices of 8 rows, whose addresses neighbouring lanes gave."""
+
+    def load(address):
+        given = here.warp.exchange(here.lane, _whole(address))
+        row, column = 2 * (here.lane % 4), here.lane // 4
+        found = []
+        for first in range(0, 8 * count, 8):
+            pair = [ctypes.string_at(given[first + row + half] + 2 * column, 2) for half in range(2)]
+            found.append(np.frombuffer(b"".join(pair), np.int32)[0])
+        return tuple(found)
+
+    return load
+
+
+def _store_two(address, a, b) -> None:
+    ctypes.memmove(_whole(address), struct.pack("<2f", float(a), float(b)), 8)
+
+
+def _pack(precision: str):
+    return lambda a, b: fake_gpu.rounded(np.array([a, b], np.float32), precision).view(np.int32)[0]
+
+
+def _store_half(precision: str):
+    def store(address, value) -> None:
+        fake_gpu.half(address, 1, precision)[:] = fake_gpu.rounded(np.array([value], np.float32), precision)
+
+    return store
+
+
+def _widen(precision: str):
+    return lambda word: np.float32(fake_gpu.widened(_halves(word)[:1], precision)[0])
+
+
 def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
     """A kernel as a Python function of its arguments. blocks: their number, or (x, y); cluster: blocks per cluster."""
-    from eventrnn.cuda.kernels import ptx, strip_product
+    from eventrnn.cuda.kernels import ptx, strip_product, tensor_core_cells, tensor_core_ptx
 
     grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
     cuda = SimpleNamespace(
@@ -329,6 +398,21 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(ptx.libdevice.int_as_float): _as_float,
         id(ptx.fma): cuda.fma,
         **{id(getattr(ptx, name)): fake for name, fake in (SHORT_ADDRESSES | CLUSTERS).items()},
+        **{id(each): _multiply(precision) for precision, each in tensor_core_ptx.MULTIPLY.items()},
+        **{id(each): _pack(precision) for precision, each in tensor_core_ptx.PACK.items()},
+        **{id(each): _widen(precision) for precision, each in tensor_core_ptx.WIDEN.items()},
+        id(tensor_core_ptx.load_two_columns): _load_columns(4),
+        id(tensor_core_ptx.load_one_column): _load_columns(2),
+        id(tensor_core_ptx.store_shared_float2): _store_two,
+        **{id(each): _store_half(precision) for precision, each in tensor_core_cells._STORES.items()},
+        id(tensor_core_ptx.copy_to_block): _copy_to_block,
+        id(tensor_core_ptx.fence_copies): lambda: None,
+        id(tensor_core_ptx.tanh_approx): lambda x: np.float32(math.tanh(float(x))),
+        id(tensor_core_ptx.load_readonly_words): lambda at: tuple(map(np.int32, fake_gpu.ints(at, 4))),
+        id(tensor_core_ptx.load_readonly_word): lambda at: np.int32(fake_gpu.ints(at, 1)[0]),
+        id(tensor_core_cells.power_of_two_approx): np.exp2,
+        id(tensor_core_cells.reciprocal_approx): np.reciprocal,
+        id(ptx.add_relaxed): _add,
         id(numba.int32): np.int32,
         id(numba.int64): np.int64,
         id(ptx.max_relaxed): fake_gpu._raise_to,

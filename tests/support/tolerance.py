@@ -316,6 +316,9 @@ TINY16 = 2.0**-25
 QUICK_SIGMOID = 2.0**-22 / 4 + 0.23 * 2.0**-23 + 3 * 2.0**-23
 QUICK_TANH = 2 * QUICK_SIGMOID + 2.0**-24
 
+#: largest error of tanh.approx.f32, whose relative error is 2^-11 at most (PTX ISA, "tanh")
+INSTRUCTION_TANH = 2.0**-11
+
 
 def two_roundings(precision: str) -> float:
     """Largest difference of two nearly equal results below 4 after each was rounded to the precision.
@@ -325,8 +328,12 @@ def two_roundings(precision: str) -> float:
     return 2 * 4 * ROUNDED[precision]
 
 
-def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray) -> Running:
+def rounded_cell_bound(
+    precision: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray, *, instruction: bool = False
+) -> Running:
     """`cell_bound` of a step with tensor-core products, for the released variant.
+
+    instruction : tanh is that of the GPU, and sigmoid(x) is (1 + tanh(x / 2)) / 2
 
     The factors of a drive are rounded. This adds 2 e + e^2 of their product, and TINY16 of each factor. The sum is
     rounded too. The bias is added last, with one more rounding. All of this is an error of the drive.
@@ -345,14 +352,16 @@ def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.nd
 
     inside = drive(parameters["w_in"], x, parameters["bias_in"])
     rec = drive(parameters["w_rec"], y, parameters["bias_rec"])
+    of_sigmoid = INSTRUCTION_TANH / 2 + U32 if instruction else QUICK_SIGMOID
+    of_tanh = INSTRUCTION_TANH if instruction else QUICK_TANH
 
     def gate(k: int) -> Running:
         total = inside[k] + rec[k]
-        return Running(1 / (1 + np.exp(-total.value)), total.error / 4 + QUICK_SIGMOID)
+        return Running(1 / (1 + np.exp(-total.value)), total.error / 4 + of_sigmoid)
 
     u, r = gate(0), gate(1)
     total = r.fma(rec[2], inside[2])
-    g = Running(np.tanh(total.value), total.error + QUICK_TANH)
+    g = Running(np.tanh(total.value), total.error + of_tanh)
     return u.fma(Running(c), (Running(np.ones_like(c)) - u) * g)
 
 

@@ -387,6 +387,7 @@ def instruction(text: str, constraints: str, result, *arguments, pure: bool = Fa
         3: lambda typingctx, a, b, c: (signature, generate),
         4: lambda typingctx, a, b, c, d: (signature, generate),
         5: lambda typingctx, a, b, c, d, e: (signature, generate),
+        10: lambda typingctx, a, b, c, d, e, f, g, h, i, j: (signature, generate),
     }
     return intrinsic(makers[len(arguments)])
 
@@ -493,6 +494,9 @@ load_shared = _shared_load(I32, types.int32)
 
 #: shared address -> float32
 load_shared_float = _shared_load(FLOAT, types.float32)
+
+#: shared address, a multiple of 8 -> two float32
+load_shared_float2 = _shared_load(FLOAT, types.float32, 2)
 
 #: shared address -> uint16 as int32
 load_shared_uint16 = _shared_load(I16, types.int32, widened=True)

@@ -1,0 +1,278 @@
+"""Recurrent weights as tiles for tensor cores, and how the blocks of a cluster share them. Plain NumPy, no CUDA.
+
+`kernels/tensor_core_cluster.py` describes tiles, steps and fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import numpy as np
+
+from eventrnn.cuda.cluster_plan import tile_bounds
+from eventrnn.cuda.kernels.tensor_core_cluster import (
+    BLOCK_FIELDS,
+    ROW_BYTES,
+    SAMPLES,
+    STEP_BYTES,
+    TILE,
+    UNITS_BYTES,
+)
+from eventrnn.cuda.plan import Chip
+from eventrnn.cuda.tables import LANES
+
+# Rows of y side by side in the banks of shared memory.
+BANKS = 128 // ROW_BYTES
+
+# Blocks per cluster, and pairs of samples per cluster, that a plan may choose.
+CLUSTER_SIZES = (16, 12, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)
+PAIRS = (1, 2, SAMPLES // 2)
+
+# Registers of a multiprocessor, and those that a thread needs without weights.
+REGISTERS, OWN_REGISTERS = 65536, 68
+
+# Threads per block, at most, and warps per block up to which every tile has a warp of its own.
+MAX_THREADS, TILE_WARPS = 1024, 16
+
+# Cycles on an H200: latencies of a step, the stores of a pair of outputs of one unit to all blocks of a cluster, and what a
+# step of a tile reads from shared memory, rows of y and weights.
+EXCHANGE, STORE, LOAD_ROWS, LOAD_WEIGHTS = 1000, 0.25, 2.5, 4
+
+# Clusters that run one after the other on the same multiprocessors, at most. With more, products of all streams are faster.
+MAX_WAVES = 4
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of a matrix of three gates.
+
+    words  : (n_pre, 3 * units) uint16, the weights rounded to the type of the products
+    begins : (tiles + 1,) int64, where the rows of a tile begin in `rows`, in steps of TILE rows
+    rows   : (steps, TILE) int64, presynaptic units; n_pre stands for none
+    """
+
+    words: np.ndarray
+    begins: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, words: np.ndarray, even: bool = False) -> Tiles:
+        """The tiles of a matrix of rounded weights, (n_pre, 3 * units) uint16.
+
+        even : give every tile an even number of steps
+        """
+        units, columns = words.shape
+        tiles = -(-columns // TILE)
+        # A negative zero is a zero.
+        kept = np.zeros((units, tiles * TILE), bool)
+        kept[:, :columns] = (words & 0x7FFF) != 0
+        reached = kept.reshape(units, tiles, TILE).any(axis=2).T
+        counts = reached.sum(axis=1)
+        steps = -(-counts // TILE)
+        begins = np.concatenate([[0], np.cumsum(steps + (steps % 2 if even else 0))])
+        rows = np.full(begins[-1] * TILE, units, np.int64)
+        tile, unit = np.nonzero(reached)
+        # Eight lanes load eight rows of 16 bytes at a time, without a conflict if the rows lie in different banks. So the
+        # first unit of each group of banks comes first, then the second one of each, and so on.
+        bank = tile * BANKS + unit % BANKS
+        by_bank = np.argsort(bank, kind="stable")
+        places = np.bincount(bank, minlength=tiles * BANKS)
+        turn = np.empty(len(tile), np.int64)
+        turn[by_bank] = np.arange(len(tile)) - np.repeat(np.cumsum(places) - places, places)
+        order = np.lexsort((unit % BANKS, turn, tile))
+        within = np.arange(len(tile)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows[begins[tile] * TILE + within] = unit[order]
+        return cls(words, begins, rows.reshape(-1, TILE))
+
+    @property
+    def n_pre(self) -> int:
+        """Presynaptic units."""
+        return len(self.words)
+
+    @property
+    def units(self) -> int:
+        """Units of the layer."""
+        return self.words.shape[1] // 3
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return len(self.begins) - 1
+
+    @cached_property
+    def fragments(self) -> np.ndarray:
+        """(steps, LANES, 4) int32: the weights of each step as the operand `a` of `tensor_core_ptx.MULTIPLY`."""
+        units, columns = self.words.shape
+        padded = np.zeros((units + 1, -(-columns // TILE) * TILE), np.uint16)
+        padded[:units, :columns] = self.words
+        tile = np.repeat(np.arange(len(self.begins) - 1), np.diff(self.begins))
+        lane, word, half = np.ogrid[:LANES, :4, :2]
+        column = lane // 4 + 8 * (word & 1)
+        row = 2 * (lane % 4) + 8 * (word >> 1) + half
+        # Step, lane, word, half: the weight of one presynaptic unit in one column of the tile.
+        chosen = padded[self.rows[:, row], TILE * tile[:, None, None, None] + column]
+        return np.ascontiguousarray(chosen).view(np.int32)[..., 0]
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """How clusters run the tiles of a layer for a number of samples.
+
+    blocks   : blocks per cluster
+    pairs    : pairs of samples per cluster
+    clusters : number of clusters
+    threads  : threads per block
+    held     : steps of the first tile of a warp that are held in registers, an even number; 0 if none is
+    shared   : bytes of shared memory per block
+    """
+
+    blocks: int
+    pairs: int
+    clusters: int
+    threads: int
+    held: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a block of a cluster computes: some units, and per gate the tiles with a column of theirs."""
+
+    first: int
+    count: int
+    tiles: tuple[range, ...]
+
+
+def shares(units: int, blocks: int) -> list[Share]:
+    """The shares of the blocks of a cluster. Units are divided by whole tiles of the first gate."""
+    bounds = np.minimum(TILE * tile_bounds(-(-units // TILE), blocks), units)
+    found = []
+    for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        columns = [(gate * units + first, gate * units + end) for gate in range(3)]
+        tiles = tuple(range(a // TILE, -(-b // TILE)) for a, b in columns)
+        found.append(Share(first, end - first, tiles))
+    return found
+
+
+def lengths_of(tiles: Tiles, share: Share) -> np.ndarray:
+    """The steps of each tile of a block."""
+    return np.concatenate([np.diff(tiles.begins[t.start : t.stop + 1]) for t in share.tiles])
+
+
+def order_of(lengths: np.ndarray, held: int, warps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tiles of a block from the longest to the shortest, and how many steps of each are not held in registers."""
+    order = np.argsort(-lengths, kind="stable")
+    kept = np.where(np.arange(len(order)) < warps, held, 0)
+    return order, np.maximum(lengths[order] - kept, 0)
+
+
+def layout(tiles: Tiles, blocks: int, pairs: int, held: int, warps: int) -> tuple[dict[str, int], int]:
+    """Offsets of the arrays in shared memory, the same for all blocks of a cluster, and the bytes of all of them."""
+    most = steps = 0
+    for share in shares(tiles.units, blocks):
+        lengths = lengths_of(tiles, share)
+        most, steps = max(most, len(lengths)), max(steps, int(order_of(lengths, held, warps)[1].sum()))
+    sizes = {
+        "barriers": 16,
+        "y": 2 * ROW_BYTES * (tiles.units + 1),
+        "tiles": 16 * most,
+        "values": STEP_BYTES * steps,
+        "units": UNITS_BYTES * (steps + 1),
+        "sums": 8 * pairs * TILE * most,
+    }
+    offsets, at = {}, 0
+    for name, size in sizes.items():
+        offsets[name] = at
+        at += -(-size // 16) * 16
+    return offsets, at
+
+
+def tile_plan(tiles: Tiles, batch: int, blocks: int, pairs: int) -> TilePlan | None:
+    """The plan with clusters of this size and so many pairs of samples; None if blocks have too few units or too many."""
+    each = shares(tiles.units, blocks)
+    # The phases of the kernel's barriers count on it that every block waits for all others.
+    if min(share.count for share in each) == 0:
+        return None
+    cell_warps = -(-max(share.count for share in each) * pairs // LANES)
+    longest = max(int(lengths_of(tiles, share).max(initial=0)) for share in each)
+    warps = max(cell_warps, min(max(sum(map(len, share.tiles)) for share in each), TILE_WARPS))
+    if LANES * warps > MAX_THREADS:
+        return None
+    # Registers are given to four warps at a time, eight per thread.
+    registers = REGISTERS // (4 * LANES * -(-warps // 4)) // 8 * 8
+    # A step that is held has four words of weights, and half a word for its rows.
+    held = max(0, min(longest + longest % 2, (registers - OWN_REGISTERS) * 2 // 9 // 2 * 2))
+    shared = layout(tiles, blocks, pairs, held, warps)[1]
+    return TilePlan(blocks, pairs, -(-batch // (2 * pairs)), LANES * warps, held, shared)
+
+
+def plan_tiles(tiles: Tiles, batch: int, chip: Chip) -> TilePlan | None:
+    """The plan with the least expected time, or None where no block holds its share or the waves would be too many."""
+    found = []
+    for blocks, pairs in product(CLUSTER_SIZES, PAIRS):
+        resident = chip.clusters.get(blocks, 0)
+        plan = tile_plan(tiles, batch, blocks, pairs) if resident else None
+        if plan is None or plan.shared > chip.shared_bytes:
+            continue
+        waves = -(-plan.clusters // resident)
+        if waves <= MAX_WAVES:
+            found.append((waves * _cycles(tiles, plan), plan.clusters * blocks, plan))
+    return min(found, key=lambda each: each[:2])[2] if found else None
+
+
+def _cycles(tiles: Tiles, plan: TilePlan) -> float:
+    """The expected cycles of a step."""
+    warps, products = plan.threads // LANES, 0
+    for share in shares(tiles.units, plan.blocks):
+        lengths = lengths_of(tiles, share)
+        others = order_of(lengths, plan.held, warps)[1]
+        products = max(products, LOAD_ROWS * lengths.sum() + LOAD_WEIGHTS * others.sum())
+    return EXCHANGE + STORE * tiles.units * SAMPLES / 2 + products
+
+
+def block_table(tiles: Tiles, plan: TilePlan, addresses: Callable[[np.ndarray], int]) -> np.ndarray:
+    """The table of the blocks of a cluster, (blocks, BLOCK_FIELDS) int64.
+
+    addresses : puts an array on the device and gives its address
+    """
+    warps = plan.threads // LANES
+    offsets, _ = layout(tiles, plan.blocks, plan.pairs, plan.held, warps)
+    rows = tiles.rows.astype(np.uint16)
+    table = np.zeros((plan.blocks, BLOCK_FIELDS), np.int64)
+    for line, share in zip(table, shares(tiles.units, plan.blocks), strict=True):
+        lengths, shifts, slot = lengths_of(tiles, share), [], 0
+        begins = np.concatenate([tiles.begins[t.start : t.stop] for t in share.tiles])
+        for gate, owned in enumerate(share.tiles):
+            shifts.append(TILE * (slot - owned.start) + gate * tiles.units + share.first)
+            slot += len(owned)
+        order, others = order_of(lengths, plan.held, warps)
+        ends = (begins + lengths)[order]
+        held, held_rows = _held(tiles, begins[order], lengths[order], plan.held, warps)
+        steps = np.concatenate([np.arange(end - left, end) for end, left in zip(ends, others, strict=True)] or [[]])
+        steps = steps.astype(np.int64)
+        entries = np.zeros((slot, 4), np.int32)
+        entries[:, 0], entries[:, 1], entries[:, 2] = order, np.cumsum(others) - others, others
+        parts = held, held_rows, entries, tiles.fragments[steps], rows[steps]
+        at = (offsets[name] for name in ("y", "tiles", "values", "units", "sums"))
+        line[:] = share.first, share.count, slot, len(steps), *shifts, *map(addresses, parts), *at
+    return table
+
+
+def _held(
+    tiles: Tiles, begins: np.ndarray, lengths: np.ndarray, held: int, warps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `held` steps of the first `warps` tiles, padded by steps without weights: weights and rows.
+
+    Returns (warps, held, LANES, 4) int32 and (warps, held / 2, LANES) int32; arrays that nothing reads if held is 0.
+    """
+    words = np.zeros((warps, max(2, held), LANES, 4), np.int32)
+    rows = np.full((*words.shape[:2], TILE), tiles.n_pre)
+    for k, (begin, length) in enumerate(zip(begins[:warps], np.minimum(lengths[:warps], held), strict=True)):
+        words[k, :length], rows[k, :length] = (
+            tiles.fragments[begin : begin + length],
+            tiles.rows[begin : begin + length],
+        )
+    return words, (ROW_BYTES * rows).astype(np.int32).reshape(warps, -1, LANES)
