@@ -26,6 +26,7 @@ from eventrnn.cuda.kernels.tensor_core_cells import (
 from eventrnn.cuda.kernels.tensor_core_ptx import MULTIPLY
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
+from eventrnn.cuda.tensor_core_grid import GridLoop, grid_plan
 from eventrnn.cuda.tensor_core_loop import TileLoop, fits
 from eventrnn.cuda.tensor_core_tiles import Tiles, plan_tiles
 from eventrnn.weights import GatedBlocks
@@ -74,7 +75,7 @@ class TensorLayer:
                     candidate's input drive and of its recurrent drive; thresholds
     chip          : what plans of clusters must keep
     words         : the rounded input and recurrent weights on the host, without padding
-    loops         : by batch, the loop of clusters, or None
+    loops, grids  : by batch, the loop of clusters, or None, and that of the whole GPU
     """
 
     device: Device
@@ -88,6 +89,7 @@ class TensorLayer:
     chip: Chip
     words: tuple[np.ndarray, np.ndarray]
     loops: dict[int, TileLoop | None] = field(default_factory=dict)
+    grids: dict[int, GridLoop | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str, chip: Chip) -> TensorLayer:
@@ -116,6 +118,16 @@ class TensorLayer:
             )
         return self.loops[batch]
 
+    def grid(self, batch: int) -> GridLoop | None:
+        """The loop of the whole GPU for so many samples; None where clusters run it, or where its weights do not fit."""
+        if batch not in self.grids:
+            able = self.precision in MULTIPLY and self.loop(batch) is None
+            plan = grid_plan(self.units, batch, self.chip) if able else None
+            self.grids[batch] = (
+                None if plan is None else GridLoop(self.device, self.precision, self.words[1], self.vectors, plan)
+            )
+        return self.grids[batch]
+
     @property
     def _has_tiles(self) -> bool:
         return self.precision in MULTIPLY and fits(self.inputs, self.chip.shared_bytes)
@@ -126,10 +138,15 @@ class TensorLayer:
         w_in, w_rec = self.words
         return Tiles.of(w_in, even=True), Tiles.of(w_rec)
 
+    def has_loop(self, batch: int) -> bool:
+        """Whether one kernel runs all steps."""
+        return self.loop(batch) is not None or self.grid(batch) is not None
+
     def path(self, batch: int) -> str:
         """What computes the recurrent products."""
-        loop = self.loop(batch)
-        return f"tensor {self.precision}" + (f" in clusters of {loop.plan.blocks} blocks" if loop else "")
+        loop, grid = self.loop(batch), self.grid(batch)
+        where = f" in clusters of {loop.plan.blocks} blocks" if loop else f" in {grid.plan.blocks} blocks" if grid else ""
+        return f"tensor {self.precision}{where}"
 
     def enqueue(
         self, buffers: RunBuffers, k: int, table, row_of, after, sent: tuple[int, int], counts: int, status
@@ -160,7 +177,7 @@ class TensorLayer:
             below = buffers.event_logs[k - 1][1:]
             self._round_rows(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, status)
         self._round_rows(buffers.outputs[k], self.units, self.units, y, units, batch, status)
-        if after is not None:
+        if after is not None or self.grid(batch) is not None:
             self._steps(buffers, k, x, y, after, sent, counts, status)
             return
         key = ("replay", k, sent, counts, status.data.ptr)
@@ -176,7 +193,7 @@ class TensorLayer:
     def _steps(self, buffers: RunBuffers, k: int, x, y, after, sent: tuple[int, int], counts: int, status) -> None:
         """Put the time loop on the stream: per step one product and one kernel for the cells."""
         units, inputs = self.sizes
-        steps, batch, (sent_at, pitch) = buffers.steps, buffers.batch, sent
+        steps, batch, (sent_at, pitch), grid = buffers.steps, buffers.batch, sent, self.grid(buffers.batch)
         chunk = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
         drive = buffers.scratch(("drive", k), (chunk * batch, 3 * units), x.dtype)
         rec = buffers.scratch(("rec", k), (batch, 3 * units), x.dtype)
@@ -192,6 +209,11 @@ class TensorLayer:
         for begin in range(0, steps, chunk):
             rows = min(chunk, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
+            if grid is not None:
+                outputs = sent_at + 4 * begin * batch * pitch, pitch
+                after_at = 0 if after is None else after[begin].data.ptr
+                grid.enqueue(buffers, k, drive, y, outputs, after_at, rows // batch, counts, status)
+                continue
             for t in range(begin, begin + rows // batch):
                 self.cublas.product(self.precision, y, self.w_rec, rec, batch, units, 3 * units)
                 drives = drive[(t - begin) * batch :].data.ptr, rec.data.ptr
@@ -199,7 +221,7 @@ class TensorLayer:
                 sums_at = sums and sums + 2 * t * splits * sums_pitch
                 arguments = *drives, *cells, *outputs, *sizes, sums_at, sums_pitch, status.data.ptr
                 self._launch("cells", cells_kernel, (blocks, splits), CELL_THREADS, *arguments)
-        if counts:
+        if counts and grid is None:
             kernel = self.device.kernel(("count_pairs",), count_pairs_kernel, CELL_THREADS)
             arguments = sums, pairs, sums_pitch, steps * splits, counts, counts + 8 * self.units
             self.device.launch(kernel, (blocks, count_threads(steps * splits)), CELL_THREADS, *arguments)

@@ -109,12 +109,20 @@ class Tiles:
         padded = np.zeros((units + 1, -(-columns // TILE) * TILE), np.uint16)
         padded[:units, :columns] = self.words
         tile = np.repeat(np.arange(len(self.begins) - 1), np.diff(self.begins))
-        lane, word, half = np.ogrid[:LANES, :4, :2]
-        column = lane // 4 + 8 * (word & 1)
-        row = 2 * (lane % 4) + 8 * (word >> 1) + half
-        # Step, lane, word, half: the weight of one presynaptic unit in one column of the tile.
-        chosen = padded[self.rows[:, row], TILE * tile[:, None, None, None] + column]
-        return np.ascontiguousarray(chosen).view(np.int32)[..., 0]
+        return fragments_of(padded, self.rows, TILE * tile[:, None] + np.arange(TILE))
+
+
+def fragments_of(words: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(..., LANES, 4) int32: weights as operands `a` of `tensor_core_ptx.MULTIPLY`.
+
+    words : (n_pre, n) uint16, the rounded weights; rows, columns : (..., TILE), those of each operand
+    """
+    lane, word, half = np.ogrid[:LANES, :4, :2]
+    column = lane // 4 + 8 * (word & 1)
+    row = 2 * (lane % 4) + 8 * (word >> 1) + half
+    # Lane, word, half: the weight of one presynaptic unit in one column.
+    chosen = words[rows[..., row], columns[..., column]]
+    return np.ascontiguousarray(chosen).view(np.int32)[..., 0]
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,10 @@ def _load4(address):
     return tuple(map(np.int32, words))
 
 
+def _load_relaxed2(address):
+    return _load_relaxed(address), _load_relaxed(address + 4)
+
+
 def _copy_four(target, source):
     for k in range(4):
         ctypes.memmove(int(target) + 512 * k, int(source) + 512 * k, 16)
@@ -404,6 +408,8 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(tensor_core_ptx.load_two_columns): _load_columns(4),
         id(tensor_core_ptx.load_one_column): _load_columns(2),
         id(tensor_core_ptx.store_shared_float2): _store_two,
+        id(tensor_core_ptx.load_relaxed2): _load_relaxed2,
+        id(tensor_core_ptx.store_relaxed_word): lambda at, word: ctypes.memmove(int(at), struct.pack("<i", int(word)), 4),
         **{id(each): _store_half(precision) for precision, each in tensor_core_cells._STORES.items()},
         id(tensor_core_ptx.copy_to_block): _copy_to_block,
         id(tensor_core_ptx.fence_copies): lambda: None,
