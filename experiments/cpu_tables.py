@@ -93,9 +93,22 @@ rows in pairs, and the order of units in place of panels took as long or longer.
 OPEN_GOALS = (
     (
         "layer of 512 units, 40 times",
-        "23 to 33 times in six runs; ours alone 4.0 to 4.7 µs on a quiet host, 5 to 9 µs in other minutes: 1.0 µs per "
-        "product, and 1.9 µs of cells, lists and biases, which stay without weights",
-        "a longer warm-up of both sides: 40 times expected, no change found",
+        "23 to 33 times in six runs; ours alone 4.0 to 4.7 µs on a quiet host, 5 to 9 µs in other minutes: 1.0 µs "
+        "per product, and 1.9 µs of cells, lists and biases, which stay without weights",
+        "a longer warm-up of both sides: 40 times expected, no change found in a first trial. In nine pairs of "
+        "runs, with one untimed run of each side (1.4 ms of ours, 40 of PyTorch's) and with 20 ms of each at least, "
+        "as all benchmarks have it since: 29 times (quartiles 28 and 33) and 36 (36 and 44); the engine is the same",
+    ),
+    (
+        "int8 products in integers, 5 times",
+        "3.6 times in most minutes (5.5 to 5.9 µs and 20 to 21), 3.9 to 4.7 in others (3.3 to 3.8 µs and 14 to 18): "
+        "860 segments take about 6.5 cycles each, conversion and multiplication of their weights alone 4, and "
+        "fetching them 3.6; the ends of 64 loops of 13 segments can be mispredicted",
+        "weights on a large page: 1.4 times as fast expected, 0.9 and 1.2 found; bits of units from a comparison of "
+        "vectors in place of a bit per event: 0.2 µs expected, 0.96 and 1.02 times as fast found; neither kept. A "
+        "longer warm-up: 3.6 times with and without. Not built: four segments interleaved as bytes, with weights + "
+        "128 and events as two signed bytes: by count of instructions 1.6 µs of sums in place of 2.0, 4.5 to 5 "
+        "times in a quiet minute",
     ),
     (
         "product, batch 20, 2.5 times",
@@ -164,7 +177,8 @@ def cpu_blocks() -> str:
     Integer sums (`--no-exact`, [Numerics](numerics.md#integers)) have no order, and go output by output in registers.
     In runs of nothing else, whose weights stay in the L2 cache, they take 3.3 µs and exact sums 5.0. About 0.5 µs of
     them round the events, 0.7 µs find the segments of active units, and 2 µs add them; a loop that only fetches their
-    860 cache lines from the L2 cache takes 1.1 µs. Beside the loop in C, as in the table, more comes from further away.
+    860 cache lines from the L2 cache takes 1.1 µs. Integer sums take 5 to 6 µs in
+    other minutes of the host, and the loop 20.
     A whole layer gained nothing that two runs each could tell. Exact sums go output by output as well, in ascending
     order of units, where a matrix has up to 512 KB: at 512 units in float32 a product takes 0.72 µs, and 0.98 event by
     event; at 1350 units the list costs about what the stores do. Blocks of 4x8 have no such path: the ends of the loops

@@ -2,6 +2,7 @@
 
     python experiments/every_cudnn.py                      # hidden 512, 768, 1024, 1344; batch 1, 16, 64; 3 more
     python experiments/every_cudnn.py --hidden 768 --hidden 1024 --batch 16
+    python experiments/every_cudnn.py --no-exact           # only those that may use tensor cores
 
 A line holds the output of `eventrnn bench inference --backend cuda --json`, the commit and the time. A case that has a
 line of this commit is skipped, so a run can be stopped and continued. Needs a GPU and cuDNN.
@@ -68,7 +69,8 @@ def main(
             file.write(as_line(line) + "\n")
         us = f"{line['us_per_step']:.2f} µs, {line['against_variant']} {line['against_us_per_step']:.2f} µs"
         console.print(
-            f"{case['hidden']} units, batch {case['batch']}, {case['format']}{'' if case['exact'] else ', not exact'}: {us}, {line['speedup']:.2f}x"
+            f"{case['hidden']} units, batch {case['batch']}, {case['format']}{'' if case['exact'] else ', not exact'}: "
+            f"{us}, {line['speedup']:.2f}x"
         )
 
 

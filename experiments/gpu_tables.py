@@ -28,8 +28,11 @@ def every_cudnn() -> str:
     trial runs beside other work, at 768 units, clusters of four took 1.47 µs per step, of five 1.34 and of six 1.17 to
     1.20. At 1344 units, where the weights then lie in L2, clusters of six were slower than of four (4.8 and 4.4 µs).
 
+    Rows with tensor cores have `exact=False`: weights and outputs are float16, as in cuDNN's fastest variants, and sums
+    and cells float32. All other rows have the bits of the specification.
+
     Rows that miss what was asked of them (at batch 1 2 times at 1024 units and 1.2 times with dense weights, 1.5 times
-    with 16 streams, 2.5 to 3 times with 64):
+    with 16 streams, 3 times with 64 streams of 1350 units; 2.5 times was asked at 768 and 1024 units):
 
     | row | predicted | found | what is left |
     | --- | --- | --- | --- |
@@ -39,9 +42,23 @@ blocks wait through global memory; a warp adds 134 terms in order, by its instru
     | 1024 units, 16 streams | 1.5 µs, 1.35 times | 1.56 µs, 1.31 times | the recurrent kernel takes 2120 \
 cycles (1.1 µs): products 1036, wait for other blocks 486, cells 508; the rest is the input product, with 190 \
 instructions per strip and sample |
-    | 64 streams, 768, 1024 and 1350 units | 4.0, 5.3 and 8.0 µs | 3.66, 4.87 and 6.84 µs; 1.90, 1.58 and 1.30 \
-times | 200 to 300 instructions per strip and sample; two multiprocessors per stream do not hold its weights, \
-which are read from L2 |
+    | the same, tensor cores | 1.2 µs | 1.42 to 1.45 µs in trial runs, about 1.43 times | 2500 cycles: \
+wait 560 to 700, products 500, cells with the copies to 15 other blocks 720; 0.2 µs are the input product |
+    | 64 streams, 768, 1024 and 1350 units, exact | 4.0, 5.3 and 8.0 µs | 3.66, 4.87 and 6.84 µs; 1.90, 1.58 \
+and 1.30 times | 200 to 300 instructions per strip and sample; two multiprocessors per stream do not hold its \
+weights, which are read from L2 |
+    | 64 streams, 1350 units, tensor cores | 2.0 µs, 4.4 times | 3.67 µs, 2.44 times (3.45 µs in a shorter trial run) \
+| 5100 cycles, see below; 0.7 µs are the input product |
+
+    With tensor cores, 64 streams and 1350 units, a step of a cluster of nine blocks waits 900 cycles for the outputs
+    of the others, multiplies for 1500 to 1900, and updates cells and sends for 1750. Every block receives 22 KB per
+    step. Distributed shared memory takes about 1.8 cycles per 32 bytes, whatever the size of a store: 1270 cycles.
+    Copies of whole slices (`cp.async.bulk`) are no faster than `st.async` of four bytes per lane, but leave the
+    threads free: the recurrent kernel took 1.31 beside 1.40 µs at 1024 units and 16 streams. Products are bound by
+    shared memory, from which 168 of 288 steps of weights are read (the others are held in registers) and all outputs.
+    Loading what the next steps read ahead of time made them 5 % slower. Eight clusters, of eight streams each, must
+    be resident: this GPU holds 15 of 8 blocks, 9 of 9, and 7 of 10 to 16. One stream takes 1.32 µs this way at 1024
+    units, 0.78 by events.
 
     Samples of all warps at 1024 units, by `ncu`, before the last changes of the kernel: a third wait for the outputs of
     the other blocks, a quarter for the result of the instruction before, 9 % for the barrier of the block, 8 % for

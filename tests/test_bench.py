@@ -270,3 +270,22 @@ def test_what_a_compiler_refuses_is_told(monkeypatch):
 def test_sparsity_follows_the_format_where_it_is_not_given():
     assert [Case(format=name).left_out for name in ("dense", "csr", "block")] == [0, 0.9, 0.9]
     assert Case(format="nm", nm=(1, 4, "pre")).left_out == 0.75 and Case().block == (1, 64)
+
+
+def test_every_side_is_warmed_up_for_as_long_and_timed_in_turn(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: calls.append("pause"))
+
+    def run(name, seconds):
+        def called():
+            calls.append(name)
+            now[0] += seconds
+
+        return called
+
+    # Powers of two, whose sums are exact.
+    seconds = timing.interleaved({"short": run("short", 2**-8), "long": run("long", 2**-4)}, 2)
+    assert seconds == {"short": [2**-8] * 2, "long": [2**-4] * 2}
+    untimed = int(np.ceil(timing.WARM_SECONDS * 2**8))
+    assert untimed > 1 and calls == (["pause"] + ["short"] * (untimed + 1) + ["pause", "long", "long"]) * 2

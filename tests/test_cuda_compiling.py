@@ -34,6 +34,11 @@ OTHERS = {
     "densify": lambda m: m.tensor_core_cells.densify_kernel("bfloat16"),
     "round_rows": lambda m: m.tensor_core_cells.round_rows_kernel("bfloat16"),
     "cells, bfloat16": lambda m: m.tensor_core_cells.cells_kernel("bfloat16"),
+    "scatter": lambda m: m.tensor_core_inputs.scatter_kernel("float16"),
+    "columns": lambda m: m.tensor_core_inputs.columns_kernel("bfloat16"),
+    "drives": lambda m: m.tensor_core_inputs.drives_kernel("float16"),
+    "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 6),
+    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("float16", 1, 1, 0, True),
     "cells, tf32": lambda m: m.tensor_core_cells.cells_kernel("tf32"),
 }
 
@@ -102,6 +107,8 @@ INSTRUCTIONS = {
     "count_pairs": "red.relaxed.gpu.global.add.u64",
     "cells, bfloat16": "ex2.approx",
     "cells, tf32": "ex2.approx",
+    "drives": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+    "tensor cluster": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
 }
 
 

@@ -12,7 +12,7 @@ from eventrnn.cuda.kernels.tensor_core_grid import OWN_UNITS, sums_pitch, units_
 from eventrnn.cuda.plan import Chip
 from eventrnn.cuda.tensor_core_grid import GridPlan, grid_fragments, grid_plan
 from support import emulated_gpu
-from test_cuda_streams import check_bound, through_tensor_cores
+from support.tensor_cores import check_bound, through_tensor_cores
 
 
 def dense(units: int, batch: int, steps: int, seed: int = 0):
@@ -45,7 +45,7 @@ def test_emulated_blocks_are_within_the_bound(monkeypatch, precision, units, bat
     plan = GridPlan(tiles, steps, 4, blocks, 8 * batch * 16 * tiles * sums_pitch(4))
     monkeypatch.setattr(tensor_core_layer, "grid_plan", lambda *arguments: plan)
     network, inputs = dense(units, batch, 8, units)
-    check_bound(precision, network, inputs.to_dense(), where=f" in {blocks} blocks")
+    check_bound(precision, network, inputs.to_dense(), grid=f" in {blocks} blocks")
     assert "tensor_grid" in device.launched
 
 
@@ -55,7 +55,7 @@ def test_emulated_blocks_are_within_the_bound(monkeypatch, precision, units, bat
 def test_blocks_on_a_gpu_are_within_the_bound(precision, units, batch):
     network, inputs = dense(units, batch, 20)
     blocks = through_tensor_cores(network, batch).engine.packed.tensors[0].grid(batch).plan.blocks
-    check_bound(precision, network, inputs.to_dense(), where=f" in {blocks} blocks")
+    check_bound(precision, network, inputs.to_dense(), grid=f" in {blocks} blocks")
 
 
 @pytest.mark.gpu

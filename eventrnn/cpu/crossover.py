@@ -13,8 +13,10 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,10 @@ ACTIVITY = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 # Grid of the map: stored share of the weights.
 DENSITY = (0.05, 0.1, 0.2, 0.5)
+
+# The logarithms of the grid.
+LOG_ACTIVITY, LOG_DENSITY = np.log(ACTIVITY).tolist(), np.log(DENSITY).tolist()
+LOG_ROWS: dict[tuple[int, ...], list[float]] = {rows: np.log(rows).tolist() for rows in (ROWS, EACH_ROWS)}
 
 #: Kernels for dense weights: name in the map -> (kernel of `plan.KERNELS`, dense activity threshold) to measure it.
 DENSE_KERNELS = {"rows": (FORMAT, 2.0), "panels": (TILED, 2.0), "every": (TILED, 0.0), "blas": (BLAS_PRODUCT, 2.0)}
@@ -89,8 +95,13 @@ class Crossover:
 
     times: Mapping[str, list[list[float]]]
 
+    @cached_property
+    def _logs(self) -> dict[str, list[list[float]]]:
+        """The logarithms of `times`."""
+        return {key: np.log(table).tolist() for key, table in self.times.items()}
+
     def seconds(self, kernel: str, shape: tuple[int, int], rows: int, activity: float, density: float = 1.0) -> float:
-        """Predicted seconds of a product; a prediction costs some tens of microseconds.
+        """Predicted seconds of a product; a prediction costs some microseconds.
 
         kernel : name in the map
         shape  : of the matrix, of which a share `density` is stored
@@ -108,13 +119,12 @@ class Crossover:
         if kernel in DENSE_KERNELS:
             return self._interpolated(f"{kernel}/{units}", rows, activity)
         logs = [self._interpolated(f"{kernel}/{units}/{d}", rows, activity) for d in DENSITY]
-        return _line(math.log(max(density, 1e-6)), np.log(DENSITY), logs)
+        return _line(math.log(max(density, 1e-6)), LOG_DENSITY, logs)
 
     def _interpolated(self, key: str, rows: int, activity: float) -> float:
-        table = np.log(np.array(self.times[key]))
         x = math.log(max(activity, 1e-6))
-        lines = [_line(x, np.log(ACTIVITY), line) for line in table]
-        return _line(math.log(rows), np.log(_rows(key.partition("/")[0])), lines)
+        lines = [_line(x, LOG_ACTIVITY, line) for line in self._logs[key]]
+        return _line(math.log(rows), LOG_ROWS[_rows(key.partition("/")[0])], lines)
 
     def dense_activity_threshold(self, rows: int) -> float:
         """Activity from which visiting every unit is faster than visiting the active ones; 2 if there is none."""
@@ -131,10 +141,10 @@ def _rows(kernel: str) -> tuple[int, ...]:
     return ROWS if kernel in SHARED_ROWS else EACH_ROWS
 
 
-def _line(x: float, at, values) -> float:
+def _line(x: float, at: Sequence[float], values: Sequence[float]) -> float:
     """Linear interpolation between points, and linear extrapolation beyond them."""
-    k = min(max(int(np.searchsorted(at, x)) - 1, 0), len(at) - 2)
-    return float(values[k] + (values[k + 1] - values[k]) * (x - at[k]) / (at[k + 1] - at[k]))
+    k = min(max(bisect_left(at, x) - 1, 0), len(at) - 2)
+    return values[k] + (values[k + 1] - values[k]) * (x - at[k]) / (at[k + 1] - at[k])
 
 
 class MeasuredPolicy(KernelPolicy):

@@ -24,8 +24,8 @@ A launch follows one of four plans:
 
 Two kinds of work need no plan. Products without a recurrence (input drives of the first layer, read-out) are computed
 for all steps at once (`kernels/batched_products.py`, and `kernels/row_tiles.py` where most inputs are active). With
-exact=False, layers of many streams can use tensor cores
-(`tensor_core_layer.py`, `kernels/tensor_core_cells.py`).
+exact=False, layers of several streams can use tensor cores (`tensor_core_layer.py`): sparse ones in clusters of blocks
+(`kernels/tensor_core_cluster.py`), others by cuBLAS (`kernels/tensor_core_cells.py`).
 
 Modules, from the GPU upwards:
 
@@ -40,6 +40,7 @@ run_buffers       : memory of a run, kept between runs; graphs
 inputs            : inputs and states on the GPU
 launch            : kernel arguments and kernel selection
 tensor_core_layer : layers on tensor cores
+tensor_core_tiles, tensor_core_loop : sparse weights as tiles, and plans; the time loop of a layer in clusters
 gated_matrix, gated_layer : gated blocks: one matrix; a layer whose recurrent matrix has them
 device_network    : a network packed for one GPU, and the plans of its launches
 run               : a run of one shape: its memory, the work that it enqueues, and its graph

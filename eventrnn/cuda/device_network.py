@@ -162,7 +162,7 @@ class DeviceNetwork:
     def tensor_able(self, batch: int) -> list[int]:
         """The layers that may go through tensor cores with so many samples."""
         able = [(k, layer) for k, layer in enumerate(self.tensors) if layer is not None]
-        return [k for k, layer in able if batch >= MIN_STREAMS or layer.has_loop(batch)]
+        return [k for k, layer in able if batch >= MIN_STREAMS or layer.grid(batch) is not None]
 
     # --- plans ---
 

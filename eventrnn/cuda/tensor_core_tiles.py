@@ -37,11 +37,12 @@ REGISTERS, OWN_REGISTERS = 65536, 68
 # Threads per block, at most, and warps per block up to which every tile has a warp of its own.
 MAX_THREADS, TILE_WARPS = 1024, 16
 
-# Cycles on an H200: latencies of a step, the stores of a pair of outputs of one unit to all blocks of a cluster, and what a
-# step of a tile reads from shared memory, rows of y and weights.
+# Cycles on an H200: latencies of a step, the copies of a pair of outputs of one unit to all blocks of a cluster, and
+# what a step of a tile reads from shared memory, rows of y and weights.
 EXCHANGE, STORE, LOAD_ROWS, LOAD_WEIGHTS = 1000, 0.25, 2.5, 4
 
-# Clusters that run one after the other on the same multiprocessors, at most. With more, products of all streams are faster.
+# Clusters that run one after the other on the same multiprocessors, at most. With more streams, a product of cuBLAS per
+# step is taken to be faster. This limit was not measured.
 MAX_WAVES = 4
 
 
@@ -75,8 +76,8 @@ class Tiles:
         begins = np.concatenate([[0], np.cumsum(steps + (steps % 2 if even else 0))])
         rows = np.full(begins[-1] * TILE, units, np.int64)
         tile, unit = np.nonzero(reached)
-        # Eight lanes load eight rows of 16 bytes at a time, without a conflict if the rows lie in different banks. So the
-        # first unit of each group of banks comes first, then the second one of each, and so on.
+        # Eight lanes load eight rows of 16 bytes at a time, without a conflict if the rows lie in different banks. So
+        # the first unit of each group of banks comes first, then the second one of each, and so on.
         bank = tile * BANKS + unit % BANKS
         by_bank = np.argsort(bank, kind="stable")
         places = np.bincount(bank, minlength=tiles * BANKS)
@@ -199,7 +200,7 @@ def layout(tiles: Tiles, blocks: int, pairs: int, held: int, warps: int) -> tupl
 
 
 def tile_plan(tiles: Tiles, batch: int, blocks: int, pairs: int) -> TilePlan | None:
-    """The plan with clusters of this size and so many pairs of samples; None if blocks have too few units or too many."""
+    """The plan with clusters of this size and so many pairs of samples; None if a block has too few or many units."""
     each = shares(tiles.units, blocks)
     # The phases of the kernel's barriers count on it that every block waits for all others.
     if min(share.count for share in each) == 0:

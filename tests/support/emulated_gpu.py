@@ -1,6 +1,6 @@
 """A fake GPU that runs kernels whose warps vote, exchange words and wait for each other, as plain Python.
 
-Every CUDA thread is a Python thread. PTX instructions are replaced by NumPy, votes and barriers by Python's barriers.
+The CUDA threads of a launch take turns (`turns.py`). PTX instructions are replaced by NumPy.
 Shared memory is host memory of each block. It is slow, so networks must be small; `install` makes blocks of two warps.
 Kernels of independent rows are those of `fake_gpu.py`.
 """
@@ -12,75 +12,23 @@ import math
 import struct
 import threading
 import time
-from functools import cache
 from types import CellType, FunctionType, SimpleNamespace
 
-import numba
 import numpy as np
 
-from eventrnn import cells
 from support import fake_gpu
 from support.fake_gpu import FakeDevice, enqueued
-from support.python_kernels import KINDS, Pointed, _add
-
-#: rules of `cells.py` that the kernels call
-RULES = ("egru_value", "egru_paper_value", "egru_reset_gate", "gru_value", "gru_before_value", "lstm_value")
-RULES += ("exp_float32",)
-
-#: seconds after which a barrier that not all threads reach is an error
-PATIENCE = 60
+from support.python_kernels import KINDS, TYPES, Pointed, _add, fused, rules
+from support.turns import Group, Turns
 
 WARPS = 2
-
-
-class Group:
-    """Some threads that vote and wait for each other: a warp or a block."""
-
-    def __init__(self, size: int):
-        self.lock, self.arrived, self.broken = threading.Lock(), 0, False
-        # One lock per thread wakes it faster than a condition that all threads share.
-        self.gates = [threading.Lock() for _ in range(size)]
-        for gate in self.gates:
-            gate.acquire()
-        self.groups: dict[int, Group] = {}
-        # Two sets of votes: a thread may give its next vote before all have read the last ones.
-        self.votes, self.turns = ([0] * size, [0] * size), [0] * size
-
-    def some(self, number: int, size: int) -> Group:
-        """A barrier of neighbouring threads of a block, by its number."""
-        with self.lock:
-            return self.groups.setdefault(number, Group(size))
-
-    def exchange(self, member: int, vote) -> list:
-        """What every member gave."""
-        votes = self.votes[self.turns[member]]
-        self.turns[member] ^= 1
-        votes[member] = vote
-        with self.lock:
-            self.arrived = (self.arrived + 1) % len(votes)
-            last = self.arrived == 0
-        if last:
-            for k, gate in enumerate(self.gates):
-                if k != member:
-                    gate.release()
-        elif not self.gates[member].acquire(timeout=PATIENCE) or self.broken:
-            raise threading.BrokenBarrierError
-        return list(votes)
-
-    def abort(self) -> None:
-        """Make all waiting threads raise."""
-        self.broken = True
-        for group in self.groups.values():
-            group.abort()
-        for gate in self.gates:
-            if gate.locked():
-                gate.release()
 
 
 class Here(threading.local):
     """The place of the running thread: its indices, its warp, its block, its cluster, and their shared memory."""
 
     thread = lane = block_x = block_y = shared_at = rank = 0
+    turns: Turns
     warp: Group
     block: Group
     cluster: Group
@@ -100,12 +48,6 @@ class _Place:
     y = property(lambda self: self._y())
 
 
-def _fused():
-    function = ctypes.CDLL("libm.so.6").fmaf
-    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float] * 3
-    return lambda a, b, c: np.float32(function(float(a), float(b), float(c)))
-
-
 def _as_int(x) -> np.int32:
     return np.int32(struct.unpack("<i", struct.pack("<f", float(x)))[0])
 
@@ -123,16 +65,15 @@ class TransactionBarrier:
     """An mbarrier: a phase is complete after some arrivals and once as many bytes have come as were announced."""
 
     def __init__(self, arrivals: int):
-        self.lock, self.arrivals = threading.Lock(), arrivals
+        self.arrivals = arrivals
         self.pending, self.bytes, self.phase = arrivals, 0, 0
 
     def count(self, arrivals: int, announced: int) -> None:
         """Take arrivals and announced bytes; arriving bytes are negative."""
-        with self.lock:
-            self.pending -= arrivals
-            self.bytes += announced
-            if self.pending == 0 and self.bytes == 0:
-                self.pending, self.phase = self.arrivals, self.phase + 1
+        self.pending -= arrivals
+        self.bytes += announced
+        if self.pending == 0 and self.bytes == 0:
+            self.pending, self.phase = self.arrivals, self.phase + 1
 
     def complete(self, parity: int) -> bool:
         """Whether the latest phase of that parity is complete."""
@@ -144,11 +85,9 @@ transactions: dict[int, TransactionBarrier] = {}
 
 
 def _try_wait(address, parity) -> np.int32:
-    if here.block.broken:
-        raise threading.BrokenBarrierError
     complete = transactions[_whole(address)].complete(int(parity))
     if not complete:
-        time.sleep(0.001)
+        here.turns.give_way()
     return np.int32(complete)
 
 
@@ -196,22 +135,22 @@ def _store_pair_if(address, word, value, flag) -> None:
 
 
 def _load_relaxed(address) -> np.int32:
-    word = np.int32(fake_gpu.ints(address, 1)[0])
-    if word == -1:
-        # Let the thread run that this one waits for.
-        time.sleep(0.001)
-    return word
+    # Whatever the word is, it may be one that this thread waits to change.
+    here.turns.give_way()
+    return np.int32(fake_gpu.ints(address, 1)[0])
+
+
+def _load_relaxed_int64(address) -> np.int64:
+    here.turns.give_way()
+    return np.int64(fake_gpu.longs(address, 1)[0])
 
 
 def _count_arrival(address, number) -> np.int32:
-    with arriving:
-        word = fake_gpu.ints(address, 1)
-        before = np.int32(word[0])
-        word[0] += number
+    word = fake_gpu.ints(address, 1)
+    before = np.int32(word[0])
+    word[0] += number
     return before
 
-
-arriving = threading.Lock()
 
 #: PTX instructions of kernels whose shared addresses have 32 bits
 SHORT_ADDRESSES = {
@@ -230,7 +169,7 @@ SHORT_ADDRESSES = {
     "load_readonly_uint16": lambda at: np.int32(fake_gpu.half(at, 1, "float16")[0]),
     "load_readonly2": lambda at: tuple(map(np.int32, fake_gpu.ints(at, 2))),
     "store_float": lambda at, value: ctypes.memmove(int(at), struct.pack("<f", float(value)), 4),
-    "load_relaxed_int64": lambda at: np.int64(fake_gpu.longs(at, 1)[0]),
+    "load_relaxed_int64": _load_relaxed_int64,
     "store_relaxed_int64": lambda at, word: ctypes.memmove(int(at), struct.pack("<q", int(word)), 8),
     "count_arrival": _count_arrival,
     "add_shared": lambda at, number: _count_arrival(_whole(at), number),
@@ -241,28 +180,6 @@ SHORT_ADDRESSES = {
 }
 
 
-@cache
-def rules() -> dict[str, FunctionType]:
-    """The rules of `cells.py` over primitives for scalars, which are faster than those for arrays."""
-    names = dict(
-        vars(cells),
-        fma=_fused(),
-        round_even=np.rint,
-        select=lambda condition, a, b: a if condition else b,
-        ldexp=lambda x, n: np.float32(math.ldexp(float(x), int(n))) if n == n else x,
-    )
-
-    def rule(name):
-        return FunctionType(getattr(cells, name).__code__, names, name)
-
-    names["exp_in_range"] = rule("exp_in_range")
-    names |= {name: rule(f"{name}_float32") for name in ("exp", "sigmoid", "tanh")}
-    names["exp_float32"] = names["exp"]
-    names |= {name: rule(name) for name in (*RULES, "lstm_output")}
-    of_gates = FunctionType(cells.egru_value.__code__, names | {"sigmoid": lambda x: x}, "egru_value_of_gates")
-    return {name: names[name] for name in RULES} | {"egru_value_of_gates": of_gates}
-
-
 def _ballot(mask, vote) -> np.int32:
     votes = here.warp.exchange(here.lane, bool(vote))
     return np.uint32(sum(1 << k for k, each in enumerate(votes) if each)).view(np.int32)
@@ -271,8 +188,8 @@ def _ballot(mask, vote) -> np.int32:
 def _load4(address):
     words = struct.unpack("<4i", ctypes.string_at(int(address), 16))
     if -1 in words:
-        # Let the thread run that this one waits for.
-        time.sleep(0.001)
+        # The thread polls until every word was written.
+        here.turns.give_way()
     return tuple(map(np.int32, words))
 
 
@@ -294,7 +211,7 @@ def _halves(word) -> np.ndarray:
 
 
 def _fragment(given: list, words: list[tuple[int, int, int]], shape: tuple[int, int], precision: str) -> np.ndarray:
-    """The matrix whose fragment all lanes of a warp gave. words: of each the number, its row and its column in lane 0."""
+    """The matrix whose fragment all lanes gave. words: of each its number, its row and its column in lane 0."""
     matrix, transposed = np.zeros(shape), shape[1] == 8
     for lane, own in enumerate(given):
         for number, row, column in words:
@@ -370,7 +287,7 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         shfl_sync=lambda mask, word, lane: here.warp.exchange(here.lane, word)[int(lane)],
         local=SimpleNamespace(array=lambda length, kind: np.zeros(length, getattr(kind, "name", kind))),
         ffs=lambda word: np.int32((int(word) & -int(word)).bit_length()),
-        fma=_fused(),
+        fma=fused(),
     )
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
     shared_kinds = {name.replace("global", "shared"): kind for name, kind in KINDS.items()}
@@ -402,6 +319,7 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(ptx.libdevice.int_as_float): _as_float,
         id(ptx.fma): cuda.fma,
         **{id(getattr(ptx, name)): fake for name, fake in (SHORT_ADDRESSES | CLUSTERS).items()},
+        **TYPES,
         **{id(each): _multiply(precision) for precision, each in tensor_core_ptx.MULTIPLY.items()},
         **{id(each): _pack(precision) for precision, each in tensor_core_ptx.PACK.items()},
         **{id(each): _widen(precision) for precision, each in tensor_core_ptx.WIDEN.items()},
@@ -419,8 +337,6 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(tensor_core_cells.power_of_two_approx): np.exp2,
         id(tensor_core_cells.reciprocal_approx): np.reciprocal,
         id(ptx.add_relaxed): _add,
-        id(numba.int32): np.int32,
-        id(numba.int64): np.int64,
         id(ptx.max_relaxed): fake_gpu._raise_to,
         id(strip_product.popcount): lambda word: np.int32((int(word) & 0xFFFFFFFF).bit_count()),
     }
@@ -439,23 +355,14 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
             made[id(value)] = FunctionType(value.__code__, names, value.__name__, value.__defaults__, closure)
         return made[id(value)]
 
-    kernel, errors = plain(function), []
-
-    def run(x, y, thread, block, warp, neighbours, memories, arguments):
-        here.block_x, here.block_y, here.thread, here.lane = x, y, np.int32(thread), thread % 32
-        here.block, here.warp, here.cluster, here.memories = block, warp, neighbours, memories
-        here.rank = x % max(1, cluster) * threads + thread
-        here.shared_at = memories[x % max(1, cluster)]
-        try:
-            with np.errstate(all="ignore"):
-                kernel(*map(np.int64, arguments))
-        except BaseException as error:
-            errors.append(error)
-            for group in (block, warp, neighbours):
-                group.abort()
+    kernel = plain(function)
 
     def launch(*arguments):
-        all_threads, kept = [], []
+        def call():
+            with np.errstate(all="ignore"):
+                kernel(*map(np.int64, arguments))
+
+        turns, calls, kept = Turns(here), [], []
         # A block without a cluster is a cluster of its own.
         size, room = max(1, cluster), -(-shared // 16) * 16
         for y in range(grid[1]):
@@ -465,23 +372,15 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
                     # Shared memory that no thread wrote must not look like a result.
                     ctypes.memset(kept[-1], 0x5A, size * room + 16)
                     begin = -(-ctypes.addressof(kept[-1]) // 16) * 16
-                    memories, neighbours = tuple(begin + room * k for k in range(size)), Group(size * threads)
-                block = Group(threads)
+                    memories, neighbours = tuple(begin + room * k for k in range(size)), Group(size * threads, turns)
+                place = {"turns": turns, "block_x": x, "block_y": y, "memories": memories, "cluster": neighbours}
+                place |= {"shared_at": memories[x % size], "block": Group(threads, turns)}
                 for first in range(0, threads, 32):
-                    warp = Group(min(32, threads - first))
-                    all_threads += [
-                        threading.Thread(
-                            target=run, args=(x, y, t, block, warp, neighbours, memories, arguments), daemon=True
-                        )
-                        for t in range(first, min(first + 32, threads))
-                    ]
-        for each in all_threads:
-            each.start()
-        for each in all_threads:
-            each.join(2 * PATIENCE)
-        real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-        if errors:
-            raise (real or errors)[0]
+                    place |= {"warp": Group(min(32, threads - first), turns)}
+                    for t in range(first, min(first + 32, threads)):
+                        own = {"thread": np.int32(t), "lane": t % 32, "rank": x % size * threads + t}
+                        calls.append((place | own, call))
+        turns.run(calls)
 
     return launch
 

@@ -8,41 +8,76 @@ vote, shuffle or wait for each other cannot be run like this.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
-from functools import partial
+from functools import cache, partial
 from types import CellType, FunctionType, SimpleNamespace
 
+import numba
 import numpy as np
 
 from eventrnn import cells
 from eventrnn.cuda import PRECISIONS
 from support.fake_gpu import half, longs, rounded, widened
 
-KINDS = {"global_float32": (ctypes.c_float, np.float32), "global_int64": (ctypes.c_int64, np.int64)}
-KINDS |= {"global_int32": (ctypes.c_int32, np.int32), "global_uint16": (ctypes.c_uint16, np.uint16)}
-KINDS |= {"global_float64": (ctypes.c_double, np.float64), "global_uint8": (ctypes.c_uint8, np.uint8)}
+#: typed pointer of `ptx.py` -> of what it points to: the type in memory, its bytes, and the type of NumPy
+KINDS = {
+    f"global_{name}": (np.ctypeslib.as_ctypes_type(name), np.dtype(name).itemsize, getattr(np, name))
+    for name in ("float32", "int64", "int32", "uint16", "float64", "uint8")
+}
 
 #: rules of `cells.py` that `ptx.py` compiles
 RULES = ("egru_value", "egru_reset_gate", "egru_paper_value", "egru_backward", "egru_paper_backward")
 RULES += ("egru_paper_reset_backward", "surrogate_slope", "exp_float32", "sigmoid", "gru_value", "gru_before_value")
 RULES += ("lstm_value", "lstm_output", "gru_backward", "gru_before_backward", "lstm_backward")
 
+#: types that convert a number, and what converts it as fast as Python can
+TYPES = {id(getattr(numba, name)): getattr(np, name) for name in ("int32", "int64", "float32", "float64")}
 
 #: seconds after which a barrier that not all threads reach is an error
 PATIENCE = 60
+
+
+def fused():
+    """`cells.fma` of three numbers."""
+    function = ctypes.CDLL("libm.so.6").fmaf
+    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float] * 3
+    return lambda a, b, c: np.float32(function(float(a), float(b), float(c)))
+
+
+@cache
+def rules() -> dict[str, FunctionType]:
+    """The rules of `cells.py` over primitives for scalars, which are faster than those for arrays."""
+    names = dict(
+        vars(cells),
+        fma=fused(),
+        round_even=np.rint,
+        select=lambda condition, a, b: a if condition else b,
+        ldexp=lambda x, n: np.float32(math.ldexp(float(x), int(n))) if n == n else x,
+    )
+
+    def rule(name):
+        return FunctionType(getattr(cells, name).__code__, names, name)
+
+    names["exp_in_range"] = rule("exp_in_range")
+    names |= {name: rule(f"{name}_float32") for name in ("exp", "sigmoid", "tanh")}
+    names["exp_float32"] = names["exp"]
+    names |= {name: rule(name) for name in ("egru_value_of_gates", *RULES) if names[name] is getattr(cells, name)}
+    of_gates = FunctionType(cells.egru_value.__code__, names | {"sigmoid": lambda x: x}, "egru_value_of_gates")
+    return {name: names[name] for name in RULES} | {"egru_value_of_gates": of_gates}
 
 
 class Pointed:
     """An array of numbers at an address, like the typed pointers of `ptx.py`."""
 
     def __init__(self, address: int, kind: tuple):
-        self.at, self.kind = ctypes.cast(int(address), ctypes.POINTER(kind[0])), kind[1]
+        self.at, (self.number, self.size, self.kind) = int(address), kind
 
     def __getitem__(self, k):
-        return self.kind(self.at[int(k)])
+        return self.kind(self.number.from_address(self.at + self.size * int(k)).value)
 
     def __setitem__(self, k, value):
-        self.at[int(k)] = self.kind(value).item()
+        self.number.from_address(self.at + self.size * int(k)).value = self.kind(value).item()
 
 
 def _raise_to(address, value):
@@ -76,7 +111,7 @@ class _Block:
             return np.zeros(size)
         with self.lock:
             if len(self.shared) != size:
-                self.shared = np.full(size, np.nan, str(kind))
+                self.shared = np.full(size, np.nan, getattr(kind, "name", kind))
             return self.shared
 
     def run(self, call) -> None:
@@ -131,10 +166,11 @@ def in_python(function, grid: tuple[int, int], threads: int = 1):
     functions = SimpleNamespace(log=np.log, sqrt=np.sqrt, fsqrt_rn=np.sqrt, umul64hi=_high, float_as_int=_bits)
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
     fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
-    fakes[id(ptx.fma)] = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+    fakes |= TYPES
+    fakes[id(ptx.fma)] = fused()
     fakes[id(module.power_of_two_approx)] = lambda x: np.exp2(np.float32(x))
     fakes[id(module.reciprocal_approx)] = lambda x: np.float32(1) / np.float32(x)
-    fakes |= {id(getattr(ptx, name)): getattr(cells, name) for name in RULES}
+    fakes |= {id(getattr(ptx, name)): rule for name, rule in rules().items()}
     fakes[id(shared.libdevice)] = functions
     fakes[id(shared.float_of)] = lambda bits: np.int32(bits).view(np.float32)
     fakes[id(shared.STORES["bfloat16"])] = lambda at, a: _store(at, [a], "bfloat16")

@@ -1,47 +1,51 @@
-"""The recurrent part of a layer on tensor cores, with sparse weights in the shared memory of one cluster of blocks.
+"""The recurrent part of a layer on tensor cores, with sparse weights in shared memory of one cluster of blocks.
 
-Not exact: weights, input drives and outputs are rounded to `precision`, and sums are float32. tanh is the instruction of the
-GPU, with a relative error of 2^-11, and sigmoid(x) is (1 + tanh(x / 2)) / 2. Every kept weight is multiplied, whatever
-fired.
+Not exact: weights, input drives and outputs are rounded to `precision`, and sums are float32. tanh is the instruction
+of the GPU, with a relative error of 2^-11, and sigmoid(x) is (1 + tanh(x / 2)) / 2. Every kept weight is multiplied,
+whatever fired.
 
-The columns of the recurrent weights, (units, 3 * units), are cut into tiles of 16 neighbouring ones. A tile has the rows
-in which one of its columns has a weight, padded to whole steps of 16 rows. One product of fragments multiplies the weights
-of a step with the outputs of its 16 units in 8 samples; the address of a unit's outputs is one lane's, so that the units
-may lie anywhere (`tensor_core_ptx.load_two_columns`).
+The columns of the recurrent weights, (units, 3 * units), are cut into tiles of TILE neighbouring ones. A tile has the
+rows in which one of its columns has a weight, padded to whole steps of TILE rows. One product of fragments multiplies
+the weights of a step with the outputs of its units in SAMPLES samples. Each lane gives the address of one unit's
+outputs, so that the units may lie anywhere (`tensor_core_ptx.load_two_columns`).
 
-Cluster : some samples, at most SAMPLES, all units.
-Block   : the cells of some neighbouring units, and the tiles that contain a column of theirs. Two blocks may both compute
-          a tile that both need.
-Warp    : every `warps`-th tile of the block. The first steps of its first tile are held in registers, the weights of all
-          others lie in shared memory.
+Cluster : at most SAMPLES samples, all units.
+Block   : the cells of some neighbouring units, and the tiles that contain a column of theirs. Two blocks may both
+          compute a tile that both need.
+Warp    : every `warps`-th tile of the block. The first steps of its first tile are held in registers, the weights of
+          all others lie in shared memory.
 Thread  : in the cell update, one unit in two samples.
 
 ============ ======== ==========================================================================================
 array        memory   shape, dtype, contents
 ============ ======== ==========================================================================================
 blocks       global   (blocks of a cluster, BLOCK_FIELDS) int64, see BLOCK_FIELDS
+vectors      global   (VECTORS, padded) float32, parameters as in `tensor_core_cells.py`
 drive        global   (steps * clusters, columns, pairs) int32, input products as pairs of rounded numbers, one per
                       sample; columns of gates u, r, g one after the other, padded to whole tiles
-sent         global   (steps, batch, pitch) float32, outputs; pitch in float32
+cells        global   (batch, units) float32, updated in place
+outputs      global   (batch, outputs_pitch) float32, outputs before the first step
+sent         global   (steps, batch, pitch) float32, outputs
 after        global   (steps, batch, units) float32, cells after each step, or address 0
-counts       global   (2, units) int64, to which graded events are added, then events of value 1; or 0
-barriers     shared   (2,) mbarriers, of even and of odd steps; at the same address in all blocks of the cluster
-y            shared   (2, units + 1, SAMPLES) rounded outputs before even and odd steps; the last row is zero and serves
-                      the padding of tiles
+counts       global   (2, units) int64, to which graded events are added, then events of value 1; or address 0
 held         global   (warps, held steps, 32, 4) int32, weights as fragments
 held rows    global   (warps, held steps / 2, 32) int32, what each lane loads: byte offsets in a row of y
-tiles        shared   (tiles, 4) int32: per tile where its sums are, the first of its steps that lie in shared memory, and
-                      their number
+barriers     shared   (2,) mbarriers, of even and of odd steps; at the same address in all blocks of the cluster
+y            shared   (2, units + 1, SAMPLES) rounded outputs before even and odd steps; the last row is zero and
+                      serves the padding of tiles
+tiles        shared   (tiles, 4) int32: per tile where its sums are, the first of its steps that lie in shared memory,
+                      and their number
 values       shared   (steps of the block, 32, 4) int32, weights as fragments
-rows         shared   (steps of the block + 1, 16) uint16, the units of each step
-sums         shared   (tiles, 16, 2 * pairs) float32, recurrent products
+rows         shared   (steps of the block + 1, TILE) uint16, the units of each step
+sums         shared   (tiles, TILE, 2 * pairs) float32, recurrent products
 ============ ======== ==========================================================================================
 
 A block writes its outputs into its own row of y, and copies them from there into those of the other blocks.
 
-Barriers: an mbarrier phase before the outputs of the last step are read, one block barrier between products and cells, one
-between cells and copies, cluster barriers at the start and the end, because no block may write into one that has not started or has ended. All
-outputs of a step arrive in a block only after all blocks have read those of the step before it, so two rows are enough.
+Barriers: an mbarrier phase before the outputs of the last step are read, one block barrier between products and cells,
+one between cells and copies, cluster barriers at the start and the end, because no block may write into one that has
+not started or has ended. All outputs of a step arrive in a block only after all blocks have read those of the step
+before it, so two rows are enough. That every block has units is a condition of this.
 """
 
 from __future__ import annotations
@@ -125,7 +129,7 @@ ZERO, HALF = np.float32(0), np.float32(0.5)
 
 @device_function
 def copy_words16(target_at, source_at, size, thread, threads):
-    """Start copying `size` bytes, a multiple of 16, from global to shared memory; all threads of the block take part."""
+    """Start copying `size` bytes, a multiple of 16, from global to shared memory; all threads of a block take part."""
     at = int64(16) * thread
     while at < size:
         copy_async16(target_at + at, source_at + at)
@@ -201,11 +205,9 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
     held      : steps of a warp's first tile that are held in registers, an even number; 0 if none is
     clocked   : measure the phases of a step (`tables.TURN_PHASES`), which costs time itself
 
-    Arguments: addresses of the block table, of `vectors` (VECTORS, padded) float32 of `tensor_core_cells.py`, of the input
-    drives, of the cells (batch, units) float32, which are updated in place, of the outputs before the run (batch,
-    outputs_pitch) float32; outputs_pitch; addresses of `sent` and `after`; units, padded, columns, pitch, batch, steps; addresses of
-    the counts and of the status vector, in which an event beyond the float16 range sets STATUS_LARGE, and outputs that do
-    not arrive set STATUS_FAULT.
+    Arguments named `*_at` are byte addresses of the arrays above and of the status vector, in which an event beyond the
+    float16 range sets STATUS_LARGE, and outputs that do not arrive set STATUS_FAULT. clocks_at : (blocks, warps,
+    `tables.TURN_PHASES`) int64, read if `clocked`
     """
     multiply, pack, widen = MULTIPLY[precision], PACK[precision], WIDEN[precision]
     limit = np.float32(FLOAT16_MAX if precision == "float16" else np.inf)
@@ -313,7 +315,7 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         cluster_arrive()
         cluster_wait()
 
-        # The cells of this thread; those beyond the samples or the units are computed like the last ones and not stored.
+        # The cells of this thread. Those beyond the samples or the units are computed, but not stored.
         own, pair = int32(thread // pairs), int32(thread % pairs)
         mine = own < int32(block[OWN_UNITS])
         unit, sample = block[FIRST_UNIT] + own, first + 2 * pair

@@ -1,7 +1,8 @@
-"""Input products on tensor cores for `tensor_core_cluster.py`: what lays inputs out as columns, and the products of tiles.
+"""Input products on tensor cores for `tensor_core_cluster.py`: inputs laid out as columns, and products of tiles.
 
-Not exact: inputs, weights and products are rounded to `precision`, sums are float32. A group is what one cluster receives in
-one step: the inputs of at most SAMPLES samples. Group number t * clusters + c has the samples of cluster c in step t.
+Not exact: inputs, weights and products are rounded to `precision`, sums are float32. A group is what one cluster
+receives in one step: the inputs of at most SAMPLES samples. Group number t * clusters + c has the samples of cluster c
+in step t. Arguments named `*_at` are byte addresses.
 
 scatter : a warp owns one row of the event lists, that is one sample in one step.
 columns : a block owns a group, a thread every blockDim.x-th input.
@@ -10,8 +11,8 @@ drives  : a block owns GROUPS neighbouring groups, a warp every `warps`-th tile 
 ============ ======== ==========================================================================================
 array        memory   shape, dtype, contents
 ============ ======== ==========================================================================================
-x            global   (groups, inputs + 1, SAMPLES) rounded; the last row of each group, and samples that no cluster has,
-                      are zero; the number of groups is a multiple of GROUPS
+x            global   (groups, inputs + 1, SAMPLES) rounded; the last row of each group, and samples that no cluster
+                      has, are zero; the number of groups is a multiple of GROUPS
 begins       global   (tiles + 1,) int64, where the steps of each tile begin
 values       global   (steps + 2, 32, 4) int32, weights as fragments (`tensor_core_ptx.py`)
 rows         global   (steps + 2, TILE) uint16, the inputs of each step

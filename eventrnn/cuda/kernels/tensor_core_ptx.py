@@ -6,8 +6,8 @@ a (16 x 16) : in four words two neighbouring numbers of rows g, g + 8, g, g + 8 
 b (16 x 8)  : in two words two numbers of column g, from rows 2q and 2q + 8 on
 c (16 x 8)  : four float32, of row g the columns 2q and 2q + 1, then the same of row g + 8
 
-(NVIDIA, Parallel Thread Execution ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"). All lanes of a warp
-take part in each instruction.
+(NVIDIA, Parallel Thread Execution ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"). All lanes of a
+warp take part in products and in loads of fragments.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ load_relaxed2 = instruction(
 #: address and a word: stores it visibly to other blocks; other memory operations are not ordered by it
 store_relaxed_word = instruction("st.relaxed.gpu.global.b32 [$0], $1;", f"l,r,{MEMORY}", NOTHING, types.int64, INT)
 
-#: shared address in a block of the cluster, own shared address, bytes, barrier of that block, which counts them: starts a
-#: copy; all are multiples of 16
+#: shared address in a block of the cluster, own shared address, bytes, barrier of that block, which counts them: starts
+#: a copy; all are multiples of 16
 copy_to_block = instruction(
     "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
     f"r,r,r,r,{MEMORY}",
