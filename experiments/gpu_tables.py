@@ -50,15 +50,15 @@ weights, which are read from L2 |
     | 64 streams, 1350 units, tensor cores | 2.0 µs, 4.4 times | 3.67 µs, 2.44 times (3.45 µs in a shorter trial run) \
 | 5100 cycles, see below; 0.7 µs are the input product |
 
-    With tensor cores, 64 streams and 1350 units, a step of a cluster of nine blocks waits 900 cycles for the outputs
-    of the others, multiplies for 1500 to 1900, and updates cells and sends for 1750. Every block receives 22 KB per
-    step. Distributed shared memory takes about 1.8 cycles per 32 bytes, whatever the size of a store: 1270 cycles.
-    Copies of whole slices (`cp.async.bulk`) are no faster than `st.async` of four bytes per lane, but leave the
-    threads free: the recurrent kernel took 1.31 beside 1.40 µs at 1024 units and 16 streams. Products are bound by
-    shared memory, from which 168 of 288 steps of weights are read (the others are held in registers) and all outputs.
-    Loading what the next steps read ahead of time made them 5 % slower. Eight clusters, of eight streams each, must
-    be resident: this GPU holds 15 of 8 blocks, 9 of 9, and 7 of 10 to 16. One stream takes 1.32 µs this way at 1024
-    units, 0.78 by events.
+    With tensor cores (`gpu_phases.py --no-exact`, trial runs), 64 streams and 1350 units, a step of a cluster of nine
+    blocks waits 900 cycles for the outputs of the others, multiplies for 1500 to 1900, and updates cells and sends
+    for 1750. Every block receives 22 KB per step. Distributed shared memory takes about 1.8 cycles per 32 bytes,
+    whatever the size of a store: 1270 cycles. Copies of whole slices (`cp.async.bulk`) are no faster than `st.async`
+    of four bytes per lane, but leave the threads free: the recurrent kernel took 1.31 beside 1.40 µs at 1024 units
+    and 16 streams. Products are bound by shared memory, from which 168 of 288 steps of weights are read (the others
+    are held in registers) and all outputs. Loading what the next steps read ahead of time made them 5 % slower. Eight
+    clusters, of eight streams each, must be resident: this GPU holds 15 of 8 blocks, 9 of 9, and 7 of 10 to 16. One
+    stream takes 1.32 µs this way at 1024 units, 0.78 by events.
 
     Samples of all warps at 1024 units, by `ncu`, before the last changes of the kernel: a third wait for the outputs of
     the other blocks, a quarter for the result of the instruction before, 9 % for the barrier of the block, 8 % for
@@ -121,7 +121,7 @@ def cluster_phases() -> str:
     """
     lines, rows = read("gpu_phases"), []
     for units, blocks in product((512, 768, 1024, 1344), (16, 8, 4)):
-        line = last(lines, hidden=units, cluster=blocks, batch=1)
+        line = last(lines, hidden=units, cluster=blocks, batch=1, exact=True)
         if line is not None:
             cycles = [f"{value:.0f}" for value in line["slowest"].values()]
             us = (number(line["us_per_step"]), number(line["clocked_us_per_step"]))

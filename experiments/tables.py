@@ -66,7 +66,8 @@ def cuda() -> str:
     padded float16 (`eventrnn bench inference --backend cuda`). EvNN's method is a dense product and a kernel
     per step, all in one graph; cuSPARSE replaces that product. The columns run, chunk and call give
     microseconds per step by the clock: of a run that ends in NumPy arrays, of a stream in chunks of 100 steps
-    on the GPU, and of single steps.
+    on the GPU, and of single steps. Rows with tensor cores were measured with a product of cuBLAS per step, before
+    clusters of blocks had tensor cores, which a batch of 256 would use since 10c3d0b.
     """
     lines, rows = read("cuda_inference"), []
     for name, asked in CUDA:
