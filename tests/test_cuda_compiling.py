@@ -39,6 +39,7 @@ OTHERS = {
     "drives": lambda m: m.tensor_core_inputs.drives_kernel("float16"),
     "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 6),
     "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("float16", 1, 1, 0, True),
+    "tensor grid": lambda m: m.tensor_core_grid.tensor_grid_kernel("bfloat16", 2, 3, 4),
     "cells, tf32": lambda m: m.tensor_core_cells.cells_kernel("tf32"),
 }
 

@@ -142,7 +142,9 @@ class TensorLayer:
     def path(self, batch: int) -> str:
         """What computes the recurrent products."""
         loop, grid = self.loop(batch), self.grid(batch)
-        where = f" in clusters of {loop.plan.blocks} blocks" if loop else f" in {grid.plan.blocks} blocks" if grid else ""
+        where = (
+            f" in clusters of {loop.plan.blocks} blocks" if loop else f" in {grid.plan.blocks} blocks" if grid else ""
+        )
         return f"tensor {self.precision}{where}"
 
     def enqueue(

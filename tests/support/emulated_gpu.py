@@ -194,7 +194,8 @@ def _load4(address):
 
 
 def _load_relaxed2(address):
-    return _load_relaxed(address), _load_relaxed(address + 4)
+    here.turns.give_way()
+    return tuple(map(np.int32, fake_gpu.ints(address, 2)))
 
 
 def _copy_four(target, source):
@@ -212,14 +213,15 @@ def _halves(word) -> np.ndarray:
 
 def _fragment(given: list, words: list[tuple[int, int, int]], shape: tuple[int, int], precision: str) -> np.ndarray:
     """The matrix whose fragment all lanes gave. words: of each its number, its row and its column in lane 0."""
-    matrix, transposed = np.zeros(shape), shape[1] == 8
-    for lane, own in enumerate(given):
-        for number, row, column in words:
-            pair = fake_gpu.widened(_halves(own[number]), precision)
-            for half in range(2):
-                along, across = 2 * (lane % 4) + half, lane // 4
-                at = (row + along, column + across) if transposed else (row + across, column + along)
-                matrix[at] = pair[half]
+    numbers, rows, columns = np.array(words).T
+    held = np.array([[own[number] for number in numbers] for own in given], np.int32)
+    values = fake_gpu.widened(held.view(np.uint16), precision).reshape(len(given), len(words), 2)
+    lane, half = np.arange(len(given))[:, None, None], np.arange(2)
+    along, across = 2 * (lane % 4) + half, lane // 4
+    if shape[1] == 8:
+        along, across = across, along
+    matrix = np.zeros(shape)
+    matrix[rows[:, None] + across, columns[:, None] + along] = values
     return matrix
 
 
@@ -327,7 +329,9 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(tensor_core_ptx.load_one_column): _load_columns(2),
         id(tensor_core_ptx.store_shared_float2): _store_two,
         id(tensor_core_ptx.load_relaxed2): _load_relaxed2,
-        id(tensor_core_ptx.store_relaxed_word): lambda at, word: ctypes.memmove(int(at), struct.pack("<i", int(word)), 4),
+        id(tensor_core_ptx.store_relaxed_word): lambda at, word: ctypes.memmove(
+            int(at), struct.pack("<i", int(word)), 4
+        ),
         **{id(each): _store_half(precision) for precision, each in tensor_core_cells._STORES.items()},
         id(tensor_core_ptx.copy_to_block): _copy_to_block,
         id(tensor_core_ptx.fence_copies): lambda: None,
