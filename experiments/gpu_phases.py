@@ -56,8 +56,9 @@ def measured(network: Network, inputs, size: int, exact: bool) -> dict | None:
             if clocks is None:
                 return None
             plan = clocks.plan
-            blocks, warps, turns = plan.blocks * plan.clusters, plan.threads // 32, steps
-            found |= {"warps": warps, "samples": 2 * plan.pairs, "groups": plan.clusters, "held": plan.held}
+            clusters = plan.clusters(batch)
+            blocks, warps, turns = plan.blocks * clusters, plan.threads // 32, steps
+            found |= {"warps": warps, "samples": 2 * plan.pairs, "groups": clusters, "held": plan.held}
         if clocked:
             clocks.clocks = engine.device.put(np.zeros((blocks, warps, len(PHASES)), np.int64))
         enqueue = engine.on_device(engine.prepare(inputs), State.zeros(network, batch), counting=False)

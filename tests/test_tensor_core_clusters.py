@@ -22,7 +22,7 @@ def install(monkeypatch, blocks: int):
     monkeypatch.setattr(tensor_core_loop, "DRIVE_THREADS", 64)
     monkeypatch.setattr(tensor_core_tiles, "TILE_WARPS", 2)
     # Registers of a thread for two steps of weights.
-    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", 503)
+    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", 239)
     monkeypatch.setattr(type(device), "clusters", lambda self, size: 2 if size == blocks else 0)
     return device
 
@@ -73,7 +73,7 @@ def test_plans_keep_the_limits_of_the_chip(batch):
     tiles = Tiles.of(words_of(np.random.default_rng(0), 333, 333, 0.1))
     plan = plan_tiles(tiles, batch, chip)
     assert plan.shared <= chip.shared_bytes and plan.threads <= 1024 and plan.held % 2 == 0
-    assert 2 * plan.pairs * plan.clusters >= batch
+    assert 2 * plan.pairs * plan.clusters(batch) >= batch
     each = shares(tiles.units, plan.blocks)
     assert sum(share.count for share in each) == tiles.units and min(share.count for share in each) > 0
     assert plan.threads >= plan.pairs * max(share.count for share in each)
@@ -105,6 +105,14 @@ def test_emulated_clusters_are_within_the_bound(monkeypatch, precision, units, b
     network, inputs = sparse(units, batch, 4, **how)
     check_bound(precision, network, inputs.to_dense(), clusters=True)
     assert "tensor_cluster" in device.launched
+
+
+def test_batch_sizes_share_the_weights_on_the_device(monkeypatch):
+    install(monkeypatch, 2)
+    layer = through_tensor_cores(sparse(24, 1, 1)[0], 1).engine.packed.tensors[0]
+    one, three, four = (layer.loop(batch) for batch in (1, 3, 4))
+    assert (one.plan.pairs, three.plan.pairs) == (1, 2)
+    assert three is four and one.w_in is four.w_in
 
 
 @pytest.mark.gpu

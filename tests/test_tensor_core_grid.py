@@ -8,7 +8,7 @@ import pytest
 from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import tensor_core_layer
-from eventrnn.cuda.kernels.tensor_core_grid import sums_pitch, units_of_steps
+from eventrnn.cuda.kernels.tensor_core_grid import units_of_steps
 from eventrnn.cuda.plan import Chip
 from eventrnn.cuda.tensor_core_grid import GridPlan, grid_fragments, grid_plan
 from support import emulated_gpu
@@ -27,7 +27,7 @@ def test_plans_hold_every_weight_once():
     chip = Chip(132, 227 << 10, {})
     for units in (20, 512, 1024, 1344, 1350, 1500):
         plan = grid_plan(units, 8, chip)
-        assert plan.blocks <= chip.multiprocessors and plan.shared <= chip.shared_bytes
+        assert plan.blocks <= chip.multiprocessors and plan.shared(8) <= chip.shared_bytes
         words = np.arange(1, 3 * units + 1, dtype=np.uint16)[None, :] + np.zeros((units, 1), np.uint16)
         held = grid_fragments(words, plan).view(np.uint16)
         # A weight is told by its column here; every column has one for each unit before.
@@ -44,7 +44,7 @@ def test_plans_hold_every_weight_once():
 def test_emulated_blocks_are_within_the_bound(monkeypatch, precision, units, batch, tiles, steps, blocks):
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     device = emulated_gpu.install(monkeypatch)
-    plan = GridPlan(tiles, steps, 4, blocks, 8 * batch * 16 * tiles * sums_pitch(4))
+    plan = GridPlan(tiles, steps, 4, blocks)
     monkeypatch.setattr(tensor_core_layer, "grid_plan", lambda *arguments: plan)
     network, inputs = dense(units, batch, 12)
     check_bound(precision, network, inputs.to_dense(), grid=f" in {blocks} blocks")

@@ -1,4 +1,4 @@
-"""The time loop of a dense layer with few streams on the tensor cores of the whole GPU (`kernels/tensor_core_grid.py`)."""
+"""The time loop of a dense layer with few streams on all tensor cores (`kernels/tensor_core_grid.py`)."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ MAX_REGISTERS, OWN_REGISTERS = 255, 66
 
 @dataclass(frozen=True)
 class GridPlan:
-    """How all blocks run a layer. tiles: per block; steps: per warp; warps: per block; shared: bytes per block."""
+    """How all blocks run a layer. tiles: per block; steps: per warp; warps: per block."""
 
     tiles: int
     steps: int
     warps: int
     blocks: int
-    shared: int
+
+    def shared(self, batch: int) -> int:
+        """Bytes of shared memory per block."""
+        return 2 * batch * TILE * self.tiles * 4 * sums_pitch(self.warps)
 
     @property
     def log_pitch(self) -> int:
@@ -49,7 +52,7 @@ class GridPlan:
 
 
 def grid_plan(units: int, batch: int, chip: Chip) -> GridPlan | None:
-    """The plan with the fewest tiles per block and then the fewest steps; None where registers do not hold the weights."""
+    """The plan with the fewest tiles per block, then the fewest steps; None where registers do not hold the weights."""
     for tiles, own in OWN_UNITS.items():
         blocks = -(-units // own)
         if blocks > chip.multiprocessors or batch > MAX_SAMPLES:
@@ -57,11 +60,11 @@ def grid_plan(units: int, batch: int, chip: Chip) -> GridPlan | None:
         found = []
         for warps in WARPS:
             steps = -(-units // (TILE * warps))
-            shared = 2 * batch * TILE * tiles * 4 * sums_pitch(warps)
             # Registers are given to a thread in eights. A step has four words per tile and two of outputs.
             room = min(MAX_REGISTERS, REGISTERS // (LANES * warps) // 8 * 8) - OWN_REGISTERS
-            if (4 * tiles + 2) * steps <= room and shared <= chip.shared_bytes:
-                found.append(GridPlan(tiles, steps, warps, blocks, shared))
+            plan = GridPlan(tiles, steps, warps, blocks)
+            if (4 * tiles + 2) * steps <= room and plan.shared(batch) <= chip.shared_bytes:
+                found.append(plan)
         return min(found, key=lambda each: (each.steps * each.warps, each.steps), default=None)
     return None
 
@@ -84,7 +87,7 @@ def grid_fragments(words: np.ndarray, plan: GridPlan) -> np.ndarray:
 
 
 class GridLoop:
-    """The recurrent weights of a layer in the registers of the device, for one number of samples.
+    """The recurrent weights of a layer in the registers of the device.
 
     vectors : see `TensorLayer`
     """
@@ -98,7 +101,8 @@ class GridLoop:
     ) -> None:
         """Put some steps of layer k on the stream.
 
-        drive : (steps * batch, 3 * padded) rounded input products; y : (batch, padded) rounded outputs, updated in place
+        drive : (steps * batch, 3 * padded) rounded input products
+        y     : (batch, padded) rounded outputs, updated in place
         sent  : address and pitch of the (steps, batch, pitch) float32 outputs; after : address of the cells after each
                 step, or 0; counts : address of the event counts, or 0
         """
@@ -111,4 +115,4 @@ class GridLoop:
         arrays = self.fragments, self.vectors, drive, y, buffers.cells[k], log
         sizes = plan.log_pitch, self.units, self.vectors.shape[1], sent[1], batch, steps
         arguments = *(each.data.ptr for each in arrays), sent[0], after, *sizes, counts, status.data.ptr
-        self.device.launch(kernel, plan.blocks, threads, *arguments, shared=plan.shared, cooperative=True)
+        self.device.launch(kernel, plan.blocks, threads, *arguments, shared=plan.shared(batch), cooperative=True)

@@ -27,9 +27,9 @@ from eventrnn.cuda.kernels.tensor_core_cells import (
 from eventrnn.cuda.kernels.tensor_core_ptx import MULTIPLY
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
-from eventrnn.cuda.tensor_core_grid import GridLoop, grid_plan
-from eventrnn.cuda.tensor_core_loop import TileLoop, fits
-from eventrnn.cuda.tensor_core_tiles import Tiles, plan_tiles
+from eventrnn.cuda.tensor_core_grid import GridLoop, GridPlan, grid_plan
+from eventrnn.cuda.tensor_core_loop import InputTiles, TileLoop, fits
+from eventrnn.cuda.tensor_core_tiles import TilePlan, Tiles, plan_tiles
 from eventrnn.weights import GatedBlocks
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ class TensorLayer:
                     candidate's input drive and of its recurrent drive; thresholds
     chip          : what plans of clusters must keep
     words         : the rounded input and recurrent weights on the host, without padding
-    loops, grids  : by batch, the loop of clusters, or None, and that of the whole GPU
+    plans         : by batch, the plan of clusters; None where no plan fits
+    loops         : by plan, the loop of clusters. Many batch sizes share a plan, and one copy of the weights
+    grids         : by plan, the loop of the whole GPU
     """
 
     device: Device
@@ -89,8 +91,9 @@ class TensorLayer:
     vectors: Any
     chip: Chip
     words: tuple[np.ndarray, np.ndarray]
-    loops: dict[int, TileLoop | None] = field(default_factory=dict)
-    grids: dict[int, GridLoop | None] = field(default_factory=dict)
+    plans: dict[int, TilePlan | None] = field(default_factory=dict)
+    loops: dict[TilePlan, TileLoop] = field(default_factory=dict)
+    grids: dict[GridPlan, GridLoop] = field(default_factory=dict)
 
     @classmethod
     def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str, chip: Chip) -> TensorLayer:
@@ -112,32 +115,39 @@ class TensorLayer:
 
     def loop(self, batch: int) -> TileLoop | None:
         """The loop of clusters for so many samples; None where every step is a product of cuBLAS."""
-        if batch not in self.loops:
-            plan = plan_tiles(self.tiles[1], batch, self.chip) if self._has_tiles else None
-            self.loops[batch] = (
-                None if plan is None else TileLoop(self.device, self.precision, *self.tiles, self.vectors, plan)
-            )
-        return self.loops[batch]
+        if batch not in self.plans:
+            self.plans[batch] = plan_tiles(self.tiles, batch, self.chip) if self._has_tiles else None
+        plan = self.plans[batch]
+        if plan is None:
+            return None
+        if plan not in self.loops:
+            weights = self.input_tiles, self.tiles, self.vectors
+            self.loops[plan] = TileLoop(self.device, self.precision, *weights, plan)
+        return self.loops[plan]
 
     def grid(self, batch: int) -> GridLoop | None:
-        """The loop of the whole GPU for so many samples; None where clusters run it, or where its weights do not fit."""
-        if batch not in self.grids:
-            able = self.precision in MULTIPLY and self.loop(batch) is None
-            plan = grid_plan(self.units, batch, self.chip) if able else None
-            self.grids[batch] = (
-                None if plan is None else GridLoop(self.device, self.precision, self.words[1], self.vectors, plan)
-            )
-        return self.grids[batch]
+        """The loop of the whole GPU for so many samples; None where clusters run it or weights do not fit."""
+        able = self.precision in MULTIPLY and self.loop(batch) is None
+        plan = grid_plan(self.units, batch, self.chip) if able else None
+        if plan is None:
+            return None
+        if plan not in self.grids:
+            self.grids[plan] = GridLoop(self.device, self.precision, self.words[1], self.vectors, plan)
+        return self.grids[plan]
 
     @property
     def _has_tiles(self) -> bool:
         return self.precision in MULTIPLY and fits(self.inputs, self.chip.shared_bytes)
 
     @cached_property
-    def tiles(self) -> tuple[Tiles, Tiles]:
-        """The tiles of the input weights and of the recurrent ones, for `loop`."""
-        w_in, w_rec = self.words
-        return Tiles.of(w_in, even=True), Tiles.of(w_rec)
+    def tiles(self) -> Tiles:
+        """The tiles of the recurrent weights."""
+        return Tiles.of(self.words[1])
+
+    @cached_property
+    def input_tiles(self) -> InputTiles:
+        """The tiles of the input weights on the device."""
+        return InputTiles(self.device, Tiles.of(self.words[0], even=True))
 
     def path(self, batch: int) -> str:
         """What computes the recurrent products."""
@@ -248,6 +258,11 @@ def exact_because(layer: Layer, precision: str) -> str | None:
     if precision == "float16" and any(np.abs(each).max(initial=0) > FLOAT16_MAX for each in weights):
         return "float16 cannot hold its weights"
     return None
+
+
+def has_grid(layer: Layer, batch: int, chip: Chip) -> bool:
+    """Whether the registers of the GPU have room for the recurrent weights of a layer, for so many samples."""
+    return grid_plan(layer.units, batch, chip) is not None
 
 
 def fastest_layers(able: Sequence[int], seconds: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:

@@ -29,24 +29,35 @@ def fits(inputs: int, shared_bytes: int) -> bool:
     return GROUPS * ROW_BYTES * (inputs + 1) <= shared_bytes
 
 
+class InputTiles:
+    """The input weights of a layer as tiles on the device. All loops of the layer read them.
+
+    tiles   : tiles with an even number of steps each
+    weights : addresses of `begins`, `values` and `rows` (`kernels/tensor_core_inputs.py`)
+    """
+
+    def __init__(self, device: Device, tiles: Tiles):
+        self.inputs, self.count = tiles.n_pre, tiles.count
+        # The kernel loads two steps ahead.
+        values = np.pad(tiles.fragments, ((0, 2), (0, 0), (0, 0)))
+        rows = np.pad(tiles.rows, ((0, 2), (0, 0))).astype(np.uint16)
+        self._arrays = [device.put(each) for each in (tiles.begins, values, rows)]
+        self.weights = tuple(each.data.ptr for each in self._arrays)
+
+
 class TileLoop:
-    """The weights of a layer as tiles on the device, and its steps for one number of samples.
+    """The recurrent weights of a layer as tiles on the device, and its steps. It serves any number of samples.
 
     vectors : see `TensorLayer`; padded : the number of its columns
-    w_in    : tiles of the input weights, with an even number of steps each
     clocks  : (blocks, warps, `tables.TURN_PHASES`) int64 on the device, to which the kernel writes the cycles of its
               phases; None, except while `experiments/gpu_phases.py` measures
     """
 
-    def __init__(self, device: Device, precision: str, w_in: Tiles, w_rec: Tiles, vectors: Any, plan: TilePlan):
+    def __init__(self, device: Device, precision: str, w_in: InputTiles, w_rec: Tiles, vectors: Any, plan: TilePlan):
         self.device, self.precision, self.vectors, self.plan = device, precision, vectors, plan
-        self.units, self.inputs, self.tiles = w_rec.units, w_in.n_pre, w_in.count
+        self.units, self.w_in = w_rec.units, w_in
         self.clocks: Any = None
         self._arrays: list[Any] = []
-        self._begins = self._put(w_in.begins)
-        # The kernel loads two steps ahead.
-        self._values = self._put(np.pad(w_in.fragments, ((0, 2), (0, 0), (0, 0))))
-        self._rows = self._put(np.pad(w_in.rows, ((0, 2), (0, 0))).astype(np.uint16))
         self._blocks = self._put(block_table(w_rec, plan, self._put))
 
     def _put(self, array: np.ndarray) -> int:
@@ -59,28 +70,29 @@ class TileLoop:
     ) -> None:
         """Put all steps of layer k on the stream; see `TensorLayer.enqueue`."""
         steps, batch, (sent_at, pitch) = buffers.steps, buffers.batch, sent
-        width, clusters, columns = 2 * self.plan.pairs, self.plan.clusters, TILE * self.tiles
-        per_step = ROW_BYTES * clusters * max(columns, self.inputs + 1)
+        width, clusters = 2 * self.plan.pairs, self.plan.clusters(batch)
+        inputs, columns = self.w_in.inputs, TILE * self.w_in.count
+        per_step = ROW_BYTES * clusters * max(columns, inputs + 1)
         chunk = max(1, min(steps, CHUNK_BYTES // per_step))
         groups = -(-chunk * clusters // GROUPS) * GROUPS
-        x = buffers.scratch(("columns", k), (groups, self.inputs + 1, SAMPLES), np.uint16)
+        x = buffers.scratch(("columns", k), (groups, inputs + 1, SAMPLES), np.uint16)
         drive = buffers.scratch(("drives", k), (chunk * clusters, columns, width // 2), np.int32)
         for begin in range(0, steps, chunk):
             own = min(chunk, steps - begin)
             x.data.memset_async(0, x.nbytes)
             if k == 0:
                 lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
-                arguments = *lists, begin * batch, own * batch, batch, width, clusters, self.inputs
+                arguments = *lists, begin * batch, own * batch, batch, width, clusters, inputs
                 blocks = -(-own * batch // (ROW_THREADS // LANES))
                 self._launch("scatter", scatter_kernel, blocks, ROW_THREADS, *arguments, x.data.ptr, status.data.ptr)
             else:
                 below = buffers.event_logs[k - 1][1 + begin :]
-                arguments = below.data.ptr, pitch_of(self.inputs), batch, width, clusters, self.inputs
+                arguments = below.data.ptr, pitch_of(inputs), batch, width, clusters, inputs
                 pointers = x.data.ptr, status.data.ptr
                 self._launch("columns", columns_kernel, own * clusters, ROW_THREADS, *arguments, *pointers)
-            weights = self._begins, self._values, self._rows
-            arguments = x.data.ptr, *weights, self.inputs, self.tiles, own * clusters, self.plan.pairs, drive.data.ptr
-            shared = GROUPS * ROW_BYTES * (self.inputs + 1)
+            sizes = inputs, self.w_in.count, own * clusters, self.plan.pairs
+            arguments = x.data.ptr, *self.w_in.weights, *sizes, drive.data.ptr
+            shared = GROUPS * ROW_BYTES * (inputs + 1)
             blocks = -(-own * clusters // GROUPS)
             self._launch("drives", drives_kernel, blocks, DRIVE_THREADS, *arguments, shared=shared)
             row = 4 * batch * pitch
@@ -91,15 +103,14 @@ class TileLoop:
             sizes = self.units, self.vectors.shape[1], columns, pitch, batch, own
             clocks = 0 if self.clocks is None else self.clocks.data.ptr
             arguments = *addresses, *before, sent_at + begin * row, after_at, *sizes, counts, status.data.ptr, clocks
-            self._run_clusters(arguments)
+            self._run_clusters(clusters, arguments)
 
-    def _run_clusters(self, arguments: tuple[int, ...]) -> None:
+    def _run_clusters(self, clusters: int, arguments: tuple[int, ...]) -> None:
         plan, device = self.plan, self.device
         options = self.precision, plan.blocks, plan.pairs, plan.held, self.clocks is not None
         make = partial(tensor_cluster_kernel, *options)
         kernel = device.kernel(("tensor_cluster", *options), make, plan.threads)
-        blocks = plan.clusters * plan.blocks
-        device.launch(kernel, blocks, plan.threads, *arguments, shared=plan.shared, cluster=plan.blocks)
+        device.launch(kernel, clusters * plan.blocks, plan.threads, *arguments, shared=plan.shared, cluster=plan.blocks)
 
     def _launch(self, name: str, make, blocks: int, threads: int, *arguments: int, shared: int = 0) -> None:
         kernel = self.device.kernel((f"{name} of tiles", self.precision), partial(make, self.precision), threads)

@@ -31,8 +31,8 @@ BANKS = 128 // ROW_BYTES
 CLUSTER_SIZES = (16, 12, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)
 PAIRS = (1, 2, SAMPLES // 2)
 
-# Registers of a multiprocessor, and those that a thread needs without weights.
-REGISTERS, OWN_REGISTERS = 65536, 68
+# Registers of a multiprocessor, those that a thread can have, and those that it needs without weights.
+REGISTERS, MAX_REGISTERS, OWN_REGISTERS = 65536, 248, 68
 
 # Threads per block, at most, and warps per block up to which every tile has a warp of its own.
 MAX_THREADS, TILE_WARPS = 1024, 16
@@ -128,22 +128,24 @@ def fragments_of(words: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How clusters run the tiles of a layer for a number of samples.
+    """How clusters run the tiles of a layer.
 
-    blocks   : blocks per cluster
-    pairs    : pairs of samples per cluster
-    clusters : number of clusters
-    threads  : threads per block
-    held     : steps of the first tile of a warp that are held in registers, an even number; 0 if none is
-    shared   : bytes of shared memory per block
+    blocks  : blocks per cluster
+    pairs   : pairs of samples per cluster
+    threads : threads per block
+    held    : steps of the first tile of a warp that are held in registers, an even number; 0 if none is
+    shared  : bytes of shared memory per block
     """
 
     blocks: int
     pairs: int
-    clusters: int
     threads: int
     held: int
     shared: int
+
+    def clusters(self, batch: int) -> int:
+        """The number of clusters for so many samples."""
+        return -(-batch // (2 * self.pairs))
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def layout(tiles: Tiles, blocks: int, pairs: int, held: int, warps: int) -> tupl
     return offsets, at
 
 
-def tile_plan(tiles: Tiles, batch: int, blocks: int, pairs: int) -> TilePlan | None:
+def tile_plan(tiles: Tiles, blocks: int, pairs: int) -> TilePlan | None:
     """The plan with clusters of this size and so many pairs of samples; None if a block has too few or many units."""
     each = shares(tiles.units, blocks)
     # The phases of the kernel's barriers count on it that every block waits for all others.
@@ -211,11 +213,11 @@ def tile_plan(tiles: Tiles, batch: int, blocks: int, pairs: int) -> TilePlan | N
     if LANES * warps > MAX_THREADS:
         return None
     # Registers are given to four warps at a time, eight per thread.
-    registers = REGISTERS // (4 * LANES * -(-warps // 4)) // 8 * 8
+    registers = min(MAX_REGISTERS, REGISTERS // (4 * LANES * -(-warps // 4)) // 8 * 8)
     # A step that is held has four words of weights, and half a word for its rows.
     held = max(0, min(longest + longest % 2, (registers - OWN_REGISTERS) * 2 // 9 // 2 * 2))
     shared = layout(tiles, blocks, pairs, held, warps)[1]
-    return TilePlan(blocks, pairs, -(-batch // (2 * pairs)), LANES * warps, held, shared)
+    return TilePlan(blocks, pairs, LANES * warps, held, shared)
 
 
 def plan_tiles(tiles: Tiles, batch: int, chip: Chip) -> TilePlan | None:
@@ -223,12 +225,13 @@ def plan_tiles(tiles: Tiles, batch: int, chip: Chip) -> TilePlan | None:
     found = []
     for blocks, pairs in product(CLUSTER_SIZES, PAIRS):
         resident = chip.clusters.get(blocks, 0)
-        plan = tile_plan(tiles, batch, blocks, pairs) if resident else None
+        plan = tile_plan(tiles, blocks, pairs) if resident else None
         if plan is None or plan.shared > chip.shared_bytes:
             continue
-        waves = -(-plan.clusters // resident)
+        clusters = plan.clusters(batch)
+        waves = -(-clusters // resident)
         if waves <= MAX_WAVES:
-            found.append((waves * _cycles(tiles, plan), plan.clusters * blocks, plan))
+            found.append((waves * _cycles(tiles, plan), clusters * blocks, plan))
     return min(found, key=lambda each: each[:2])[2] if found else None
 
 

@@ -367,7 +367,8 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
                     max_polls = int32(1)
                 if thread == 0:
                     barrier_expect_bytes(barrier, step_bytes)
-                cuda.syncwarp(0xFFFFFFFF)
+            # All lanes take part in loads of fragments. In the step before, the first lane alone started copies.
+            cuda.syncwarp(0xFFFFFFFF)
             row_at = int32(y_at + odd * y_size)
             waits_done = cycles()
             tile = warp

@@ -1,14 +1,14 @@
-"""The recurrent part of a layer on tensor cores, for few streams, with dense weights in the registers of the whole GPU.
+"""The recurrent part of a layer on tensor cores, for few streams: dense weights in the registers of the whole GPU.
 
-Not exact: weights, input drives and outputs are rounded to `precision`, and sums are float32. tanh and sigmoid are those of
-`tensor_core_cluster.py`. Every weight is multiplied, whatever fired.
+Not exact: weights, input drives and outputs are rounded to `precision`, and sums are float32. tanh and sigmoid are
+those of `tensor_core_cluster.py`. Every weight is multiplied, whatever fired.
 
-The weights stay in registers for all steps. Blocks exchange outputs through a log in global memory, which is filled with
-UNWRITTEN before the launch: a lane polls the words that it multiplies until all are written, so no grid barrier is needed
-(`persistent.py`). All blocks must be resident at the same time (cooperative launch).
+The weights stay in registers for all time steps. Blocks exchange outputs through a log in global memory, which is
+filled with UNWRITTEN before the launch: a lane polls the words that it multiplies until all are written, so no grid
+barrier is needed (`persistent.py`). All blocks must be resident at the same time (cooperative launch).
 
-The units of a step of TILE rows are those of `units_of_steps`, an order in which a lane's part of the fragments of two steps
-is 16 neighbouring bytes of the log.
+The units of a step of TILE rows are those of `units_of_steps`, an order in which a lane's part of the fragments of two
+steps is 16 neighbouring bytes of the log.
 
 Block  : `OWN_UNITS[tiles]` units, whose columns of gates u, r, g follow each other in `tiles` tiles of 16 columns.
 Warp   : all tiles of the block for `steps` steps, that is 16 * steps of the inputs of the products.
@@ -18,19 +18,20 @@ Thread : polls the outputs of sample lane // 4; in the cell update, one unit in 
 array        memory   shape, dtype, contents
 ============ ======== ==========================================================================================
 fragments    global   (blocks, warps, steps, tiles, 32, 4) int32, weights as fragments (`tensor_core_ptx.py`)
-log          global   (time steps + 1, batch, log_pitch) int32, pairs of rounded outputs; row 0 is the state before the run.
-                      Words that no unit has are zero
+log          global   (time steps + 1, batch, log_pitch) int32, pairs of rounded outputs; row 0 is the state
+                      before the run. Words that no unit has are zero
 drive        global   (time steps * batch, 3 * padded) rounded input products
 y            global   (batch, padded) rounded outputs: before the run at the start, of the last step at the end
 sent         global   (time steps, batch, pitch) float32, outputs; pitch in float32
 after        global   (time steps, batch, units) float32, cells after each step, or address 0
 counts       global   (2, units) int64, to which graded events are added, then events of value 1; or 0
-sums         shared   (2, batch, TILE * tiles, sums_pitch) float32, the products of each warp in even and in odd time steps
+sums         shared   (2, batch, TILE * tiles, sums_pitch) float32, the products of each warp in even and in odd
+                      time steps
 words        register (4 * tiles * steps,) int32, weights
 ============ ======== ==========================================================================================
 
-Barriers per time step: one between products and cells. A warp writes the sums of a time step while others still read those
-of the one before, so there are two of them.
+Barriers per time step: one between products and cells. A warp writes the sums of a time step while others still read
+those of the one before, so there are two of them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ MAX_SAMPLES = 8
 
 
 def sums_pitch(warps: int) -> int:
-    """Floats per column of `sums`, so that the loads of neighbouring units do not meet in a bank. warps : multiple of 4"""
+    """Floats per column of `sums`, so that loads of neighbouring units do not meet in a bank. warps: multiple of 4"""
     return warps + 4 * (warps % 8 == 0)
 
 
@@ -90,7 +91,7 @@ def units_of_steps(steps: int, warps: int) -> np.ndarray:
 
 
 def make_load(steps: int):
-    """The device function load(at, tail_at): the 2 * steps words of a lane as a tuple, wherever other blocks write them."""
+    """The device function load(at, tail_at): the 2 * steps words of a lane as a tuple."""
 
     @device_function
     def tail(at, tail_at):
@@ -127,7 +128,7 @@ def make_all_written(count: int):
 
 
 def make_multiply_tiles(tiles: int, multiply):
-    """The device function (words, b0, b1, sums): the products of `tiles` tiles with one step of outputs, added to sums."""
+    """The device function (words, b0, b1, sums): products of tiles with one step of outputs, added to sums."""
     rest = make_multiply_tiles(tiles - 1, multiply) if tiles > 1 else None
 
     @device_function
@@ -159,7 +160,7 @@ def make_product(steps: int, tiles: int, multiply):
 
 
 def make_store_sums(tiles: int, tile_bytes: int):
-    """The device function (sums, at, sample_bytes, has_first, has_second): store a lane's part of the sums of all tiles.
+    """The device function (sums, at, sample_bytes, has_first, has_second): store a lane's sums of all tiles.
 
     at : shared address of the sum of column lane // 4 of the first tile, and of the lane's first sample
     """
@@ -207,10 +208,10 @@ def tensor_grid_kernel(precision: str, tiles: int, steps: int, warps: int):
     steps     : steps per warp
     warps     : warps per block, a multiple of 4
 
-    Arguments: addresses of the fragments, of `vectors` (VECTORS, padded) float32 of `tensor_core_cells.py`, of the drives, of
-    y, of the cells (batch, units) float32, which are updated in place, of the log, of `sent` and `after`; log_pitch, units,
-    padded, pitch, batch, time steps; addresses of the counts and of the status vector, in which an event beyond the float16
-    range sets STATUS_LARGE, and outputs that do not arrive set STATUS_FAULT.
+    Arguments: addresses of the fragments, of `vectors` (VECTORS, padded) float32 of `tensor_core_cells.py`, of the
+    drives, of y, of the cells (batch, units) float32, which are updated in place, of the log, of `sent` and `after`;
+    log_pitch, units, padded, pitch, batch, time steps; addresses of the counts and of the status vector, in which an
+    event beyond the float16 range sets STATUS_LARGE, and outputs that do not arrive set STATUS_FAULT.
     """
     pack, widen = PACK[precision], WIDEN[precision]
     limit = np.float32(FLOAT16_MAX if precision == "float16" else np.inf)
