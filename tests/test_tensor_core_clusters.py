@@ -10,6 +10,7 @@ from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import tensor_core_loop, tensor_core_tiles
 from eventrnn.cuda.kernels.tensor_core_cluster import TILE
 from eventrnn.cuda.plan import Chip
+from eventrnn.cuda.tensor_core_loop import chunks
 from eventrnn.cuda.tensor_core_tiles import Tiles, plan_tiles, shares
 from support import emulated_gpu
 from support.tensor_cores import check_bound, through_tensor_cores
@@ -104,7 +105,25 @@ def test_emulated_clusters_are_within_the_bound(monkeypatch, precision, units, b
     device = install(monkeypatch, blocks)
     network, inputs = sparse(units, batch, 4, **how)
     check_bound(precision, network, inputs.to_dense(), clusters=True)
-    assert "tensor_cluster" in device.launched
+    assert device.launched.count("tensor_cluster") == device.launched.count("drives of tiles") == 1
+
+
+def test_input_products_side_by_side_with_the_steps_change_nothing(monkeypatch):
+    device, results = install(monkeypatch, 2), []
+    network, inputs = sparse(21, 3, 4, block=(1, 8))
+    for multiprocessors in (2, 64):
+        device.multiprocessors = multiprocessors
+        monkeypatch.setattr(tensor_core_loop, "FIRST_STEPS", 1)
+        device.launched.clear()
+        results.append(through_tensor_cores(network, 3).run(inputs, record=("states",)))
+        # Steps 0, 1 and 2, and 3.
+        assert device.launched.count("tensor_cluster") == (3 if multiprocessors > 2 else 1)
+    assert np.array_equal(*(each.states[0] for each in results))
+
+
+def test_chunks_grow_up_to_the_longest():
+    assert chunks(1000, 300, 64) == [range(64), range(64, 192), range(192, 448), range(448, 748), range(748, 1000)]
+    assert chunks(5, 8, 8) == [range(5)] and chunks(3, 1, 64) == [range(1), range(1, 2), range(2, 3)]
 
 
 def test_batch_sizes_share_the_weights_on_the_device(monkeypatch):
@@ -137,7 +156,7 @@ def test_clusters_on_a_gpu_go_on_where_a_state_stands(monkeypatch):
     network, inputs = sparse(300, 5, 40)
     whole = through_tensor_cores(network, 5).run(inputs, record=("events", "states"))
     # Several chunks of steps in one run, and several runs.
-    monkeypatch.setattr(tensor_core_loop, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(tensor_core_loop, "DRIVE_BYTES", 1 << 19)
     for lengths in ((40,), (1, 22, 17)):
         simulator, begin = through_tensor_cores(network, 5), 0
         for length in lengths:
