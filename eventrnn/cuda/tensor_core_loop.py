@@ -158,19 +158,22 @@ class TileLoop:
     ) -> None:
         """Put some steps of the time loop on the stream. drive : address of their input drives"""
         sent_at, pitch = sent
-        row, columns = 4 * buffers.batch * pitch, TILE * self.w_in.count
+        batch, columns = buffers.batch, TILE * self.w_in.count
+        row = 4 * batch * pitch
         outputs = buffers.outputs[k].data.ptr, self.units
         before = (sent_at + (own.start - 1) * row, pitch) if own.start else outputs
         addresses = self._blocks, self.vectors.data.ptr, drive, buffers.cells[k].data.ptr
         after_at = 0 if after is None else after[own.start].data.ptr
-        sizes = self.units, self.vectors.shape[1], columns, pitch, buffers.batch, len(own)
+        clusters = self.plan.clusters(batch)
+        bytes_per_step = 4 * self.plan.pairs * columns * clusters, row, 4 * batch * self.units
+        sizes = self.units, self.vectors.shape[1], columns, pitch, batch, len(own), *bytes_per_step
         clocks = 0 if self.clocks is None else self.clocks.data.ptr
         arguments = *addresses, *before, sent_at + own.start * row, after_at, *sizes, counts, status.data.ptr, clocks
-        self._run_clusters(self.plan.clusters(buffers.batch), arguments)
+        self._run_clusters(clusters, arguments)
 
     def _run_clusters(self, clusters: int, arguments: tuple[int, ...]) -> None:
         plan, device = self.plan, self.device
-        options = self.precision, plan.blocks, plan.pairs, plan.held, self.clocks is not None
+        options = self.precision, plan.blocks, plan.pairs, plan.held, plan.senders, self.clocks is not None
         make = partial(tensor_cluster_kernel, *options)
         kernel = device.kernel(("tensor_cluster", *options), make, plan.threads)
         device.launch(kernel, clusters * plan.blocks, plan.threads, *arguments, shared=plan.shared, cluster=plan.blocks)
