@@ -29,7 +29,8 @@ def quality_figure(lines: Sequence[Mapping[str, Any]], *, path: str | os.PathLik
         left.scatter(
             [line["executed"] + line["selection"] for line in own],
             [line["perplexity_valid"] for line in own],
-            marker=MARKS[k % len(MARKS)],
+            # A colour that comes again has another mark.
+            marker=MARKS[(k + k // len(HUES)) % len(MARKS)],
             s=28,
             **look,
         )

@@ -8,9 +8,10 @@ import pytest
 from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import tensor_core_loop, tensor_core_tiles
-from eventrnn.cuda.kernels.tensor_core_cluster import TILE
+from eventrnn.cuda.kernels.tensor_core_cluster import ROW_BYTES, TILE
 from eventrnn.cuda.plan import Chip
-from eventrnn.cuda.tensor_core_tiles import Tiles, plan_tiles, shares
+from eventrnn.cuda.tensor_core_loop import chunks
+from eventrnn.cuda.tensor_core_tiles import Share, TilePlan, Tiles, plan_tiles, shares, team_table
 from support import emulated_gpu
 from support.tensor_cores import check_bound, through_tensor_cores
 
@@ -83,6 +84,18 @@ def test_plans_keep_the_limits_of_the_chip(batch):
             assert owned.start * TILE <= first and first + share.count <= owned.stop * TILE
 
 
+@pytest.mark.parametrize(("senders", "pairs"), [(1, 4), (2, 1), (4, 2)])
+def test_teams_have_all_outputs_of_a_block_once(senders, pairs):
+    plan = TilePlan(blocks=3, pairs=pairs, threads=512, held=0, shared=0, senders=senders)
+    teams, rows = team_table(Share(48, 70, ()), plan), []
+    for warp in range(0, 16, senders):
+        assert (teams[warp : warp + senders] == teams[warp]).all() and teams[warp, 3] == 1 + warp // senders
+        first, size, threads, _ = teams[warp]
+        assert threads == 32 * -(-size * pairs // ROW_BYTES // 32) and threads <= 32 * senders
+        rows += range(first, first + size, ROW_BYTES)
+    assert rows == [ROW_BYTES * unit for unit in range(48, 118)]
+
+
 def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
     chip, tiles = Chip(132, 5_000, {1: 132, 2: 66}), Tiles.of(words_of(np.random.default_rng(0), 128, 128, 1.0))
     assert plan_tiles(tiles, 4, chip) is None
@@ -91,20 +104,39 @@ def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
     assert plan_tiles(tiles, 100_000, Chip(132, 232_448, {1: 132, 2: 66})) is None
 
 
-# Two blocks; one block, whose tiles are held in part; three blocks, two clusters and a tile of two gates.
+# Two blocks; one block, whose tiles are held in part; three blocks, two clusters, a tile of two gates and teams of two.
 @pytest.mark.parametrize(
-    ("precision", "units", "batch", "blocks", "how"),
+    ("precision", "units", "batch", "blocks", "senders", "how"),
     [
-        ("bfloat16", 21, 1, 2, {"block": (1, 8)}),
-        ("bfloat16", 24, 3, 1, {"format": "csr", "block": None, "sparsity": 0.0}),
-        ("float16", 40, 9, 3, {"block": (4, 4)}),
+        ("bfloat16", 21, 1, 2, 1, {"block": (1, 8)}),
+        ("bfloat16", 24, 3, 1, 1, {"format": "csr", "block": None, "sparsity": 0.0}),
+        ("float16", 40, 9, 3, 2, {"block": (4, 4)}),
     ],
 )
-def test_emulated_clusters_are_within_the_bound(monkeypatch, precision, units, batch, blocks, how):
+def test_emulated_clusters_are_within_the_bound(monkeypatch, precision, units, batch, blocks, senders, how):
     device = install(monkeypatch, blocks)
+    monkeypatch.setattr(tensor_core_tiles, "SENDERS", senders)
     network, inputs = sparse(units, batch, 4, **how)
     check_bound(precision, network, inputs.to_dense(), clusters=True)
-    assert "tensor_cluster" in device.launched
+    assert device.launched.count("tensor_cluster") == device.launched.count("drives of tiles") == 1
+
+
+def test_input_products_side_by_side_with_the_steps_change_nothing(monkeypatch):
+    device, results = install(monkeypatch, 2), []
+    network, inputs = sparse(21, 3, 4, block=(1, 8))
+    for multiprocessors in (2, 64):
+        device.multiprocessors = multiprocessors
+        monkeypatch.setattr(tensor_core_loop, "FIRST_STEPS", 1)
+        device.launched.clear()
+        results.append(through_tensor_cores(network, 3).run(inputs, record=("states",)))
+        # Steps 0, 1 and 2, and 3.
+        assert device.launched.count("tensor_cluster") == (3 if multiprocessors > 2 else 1)
+    assert np.array_equal(*(each.states[0] for each in results))
+
+
+def test_chunks_grow_up_to_the_longest():
+    assert chunks(1000, 300, 64) == [range(64), range(64, 192), range(192, 448), range(448, 748), range(748, 1000)]
+    assert chunks(5, 8, 8) == [range(5)] and chunks(3, 1, 64) == [range(1), range(1, 2), range(2, 3)]
 
 
 def test_batch_sizes_share_the_weights_on_the_device(monkeypatch):
@@ -137,7 +169,7 @@ def test_clusters_on_a_gpu_go_on_where_a_state_stands(monkeypatch):
     network, inputs = sparse(300, 5, 40)
     whole = through_tensor_cores(network, 5).run(inputs, record=("events", "states"))
     # Several chunks of steps in one run, and several runs.
-    monkeypatch.setattr(tensor_core_loop, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(tensor_core_loop, "DRIVE_BYTES", 1 << 19)
     for lengths in ((40,), (1, 22, 17)):
         simulator, begin = through_tensor_cores(network, 5), 0
         for length in lengths:

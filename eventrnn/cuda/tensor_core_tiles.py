@@ -37,6 +37,9 @@ REGISTERS, MAX_REGISTERS, OWN_REGISTERS = 65536, 248, 68
 # Threads per block, at most, and warps per block up to which every tile has a warp of its own.
 MAX_THREADS, TILE_WARPS = 1024, 16
 
+# Warps of a team, whose outputs are copied together.
+SENDERS = 1
+
 # Cycles on an H200: latencies of a step, the copies of a pair of outputs of one unit to all blocks of a cluster, and
 # what a step of a tile reads from shared memory, rows of y and weights.
 EXCHANGE, STORE, LOAD_ROWS, LOAD_WEIGHTS = 1000, 0.25, 2.5, 4
@@ -135,6 +138,7 @@ class TilePlan:
     threads : threads per block
     held    : steps of the first tile of a warp that are held in registers, an even number; 0 if none is
     shared  : bytes of shared memory per block
+    senders : warps whose outputs are copied together
     """
 
     blocks: int
@@ -142,6 +146,7 @@ class TilePlan:
     threads: int
     held: int
     shared: int
+    senders: int
 
     def clusters(self, batch: int) -> int:
         """The number of clusters for so many samples."""
@@ -217,7 +222,7 @@ def tile_plan(tiles: Tiles, blocks: int, pairs: int) -> TilePlan | None:
     # A step that is held has four words of weights, and half a word for its rows.
     held = max(0, min(longest + longest % 2, (registers - OWN_REGISTERS) * 2 // 9 // 2 * 2))
     shared = layout(tiles, blocks, pairs, held, warps)[1]
-    return TilePlan(blocks, pairs, LANES * warps, held, shared)
+    return TilePlan(blocks, pairs, LANES * warps, held, shared, SENDERS)
 
 
 def plan_tiles(tiles: Tiles, batch: int, chip: Chip) -> TilePlan | None:
@@ -245,6 +250,16 @@ def _cycles(tiles: Tiles, plan: TilePlan) -> float:
     return EXCHANGE + STORE * tiles.units * SAMPLES / 2 + products
 
 
+def team_table(share: Share, plan: TilePlan) -> np.ndarray:
+    """The team of each warp of a block, (warps, 4) int32: see `teams` in `kernels/tensor_core_cluster.py`."""
+    team = np.arange(plan.threads // LANES) // plan.senders
+    units = LANES * plan.senders // plan.pairs
+    count = np.clip(share.count - units * team, 0, units)
+    rows = ROW_BYTES * np.minimum(share.first + units * team, share.first + share.count)
+    threads = LANES * -(-count * plan.pairs // LANES)
+    return np.stack([rows, ROW_BYTES * count, threads, 1 + team], axis=1).astype(np.int32)
+
+
 def block_table(tiles: Tiles, plan: TilePlan, addresses: Callable[[np.ndarray], int]) -> np.ndarray:
     """The table of the blocks of a cluster, (blocks, BLOCK_FIELDS) int64.
 
@@ -267,9 +282,11 @@ def block_table(tiles: Tiles, plan: TilePlan, addresses: Callable[[np.ndarray], 
         steps = steps.astype(np.int64)
         entries = np.zeros((slot, 4), np.int32)
         entries[:, 0], entries[:, 1], entries[:, 2] = order, np.cumsum(others) - others, others
-        parts = held, held_rows, entries, tiles.fragments[steps], rows[steps]
+        teams = team_table(share, plan)
+        parts = held, held_rows, teams, entries, tiles.fragments[steps], rows[steps]
         at = (offsets[name] for name in ("y", "tiles", "values", "units", "sums"))
-        line[:] = share.first, share.count, slot, len(steps), *shifts, *map(addresses, parts), *at
+        counts = slot, len(steps), len(np.unique(teams[teams[:, 2] > 0, 3]))
+        line[:] = share.first, share.count, *counts, *shifts, *map(addresses, parts), *at
     return table
 
 

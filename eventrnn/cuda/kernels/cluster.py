@@ -121,6 +121,19 @@ def poll_drive(drive, address, max_polls):
     return libdevice.int_as_float(word), word != UNWRITTEN
 
 
+def make_cycles(clocked: bool):
+    """The device function cycles(): the cycle counter of the multiprocessor, or 0 unless `clocked`."""
+
+    @device_function
+    def cycles():
+        now = int64(0)
+        if clocked:
+            now = clock()
+        return now
+
+    return cycles
+
+
 def cluster_kernel(
     layout: int,
     layout_in: int,
@@ -146,14 +159,6 @@ def cluster_kernel(
     first_offsets_in, gather_product_in = make_gather_product(layout_in, max(1, units_per_lane_in), event_log=True)
 
     @device_function
-    def cycles():
-        """The cycle counter of the multiprocessor, or 0 where phases are not measured."""
-        now = int64(0)
-        if clocked:
-            now = clock()
-        return now
-
-    @device_function
     def broadcast_tile(base, offset, barrier, lane, y):
         """Write the tile's outputs `y`, one per lane, to all blocks of the cluster and count the bytes there.
 
@@ -165,6 +170,7 @@ def cluster_kernel(
             block = map_to_rank(base, int32(rank))
             store_async(int32(block + offset), word, int32(block + barrier))
 
+    cycles = make_cycles(clocked)
     functions = wait_for_phase, poll_drive, broadcast_tile, cycles
     stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
 

@@ -30,6 +30,8 @@ after        global   (steps, batch, units) float32, cells after each step, or a
 counts       global   (2, units) int64, to which graded events are added, then events of value 1; or address 0
 held         global   (warps, held steps, 32, 4) int32, weights as fragments
 held rows    global   (warps, held steps / 2, 32) int32, what each lane loads: byte offsets in a row of y
+teams        global   (warps, 4) int32: of the team of each warp, the byte offset of its outputs in a row of y, their
+                      bytes, its threads that have cells, 0 if none has, and the number of its barrier
 barriers     shared   (2,) mbarriers, of even and of odd steps; at the same address in all blocks of the cluster
 y            shared   (2, units + 1, SAMPLES) rounded outputs before even and odd steps; the last row is zero and
                       serves the padding of tiles
@@ -40,12 +42,14 @@ rows         shared   (steps of the block + 1, TILE) uint16, the units of each s
 sums         shared   (tiles, TILE, 2 * pairs) float32, recurrent products
 ============ ======== ==========================================================================================
 
-A block writes its outputs into its own row of y, and copies them from there into those of the other blocks.
+A block writes its outputs into its own row of y. Teams of its warps copy them from there into those of the other
+blocks, each as soon as it has updated its cells.
 
-Barriers: an mbarrier phase before the outputs of the last step are read, one block barrier between products and cells,
-one between cells and copies, cluster barriers at the start and the end, because no block may write into one that has
-not started or has ended. All outputs of a step arrive in a block only after all blocks have read those of the step
-before it, so two rows are enough. That every block has units is a condition of this.
+Barriers: an mbarrier phase before the outputs of the last step are read, which waits for all teams of the block and for
+the bytes of the other blocks; one block barrier between products and cells; cluster barriers at the start and the end,
+because no block may write into one that has not started or has ended. All outputs of a step arrive in a block only
+after all blocks have read those of the step before it, so two rows are enough. That every block has units is a
+condition of this. Teams arrive after they have read the sums, so that no warp overwrites sums that are still read.
 """
 
 from __future__ import annotations
@@ -55,14 +59,14 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels.cluster import in_all_lanes, wait_for_phase
+from eventrnn.cuda.kernels.cluster import in_all_lanes, make_cycles, wait_for_phase
 from eventrnn.cuda.kernels.persistent import MAX_POLLS
 from eventrnn.cuda.kernels.ptx import (
     add_relaxed,
+    barrier_arrive,
     barrier_expect_bytes,
     barrier_init,
     barrier_init_done,
-    clock,
     cluster_arrive,
     cluster_wait,
     copy_async16,
@@ -78,6 +82,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_base,
     shared_int32,
     wait_for_copies,
+    warps_barrier,
 )
 from eventrnn.cuda.kernels.tensor_core_cells import FLOAT16_MAX, ONE
 from eventrnn.cuda.kernels.tensor_core_ptx import (
@@ -108,11 +113,13 @@ ROW_BYTES, STEP_BYTES, UNITS_BYTES = 2 * SAMPLES, 4 * 4 * 32, 2 * TILE
     OWN_UNITS,  # number of these units
     TILES,  # tiles of the block
     STEPS,  # those of their steps that lie in shared memory
+    TEAMS,  # teams that have cells
     SHIFT_U,  # row of `sums` of the first unit, per gate
     SHIFT_R,
     SHIFT_G,
     HELD_OF,  # addresses in global memory: the block's part of `held`
     HELD_ROWS_OF,  # of `held rows`
+    TEAMS_OF,  # of `teams`
     TILES_OF,  # of `tiles`
     VALUES_OF,  # of `values`
     UNITS_OF,  # of `rows`
@@ -122,7 +129,7 @@ ROW_BYTES, STEP_BYTES, UNITS_BYTES = 2 * SAMPLES, 4 * 4 * 32, 2 * TILE
     AT_UNITS,
     AT_SUMS,
     BLOCK_FIELDS,  # number of fields
-) = range(18)
+) = range(20)
 
 ZERO, HALF = np.float32(0), np.float32(0.5)
 
@@ -196,17 +203,19 @@ def cell_before_event(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u,
     return fma(u, carried, (ONE - u) * g)
 
 
-def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, clocked: bool = False):
+def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, senders: int, clocked: bool = False):
     """The kernel and its signature.
 
     precision : "float16" or "bfloat16"
     blocks    : blocks per cluster
     pairs     : pairs of samples per cluster, at most SAMPLES // 2
     held      : steps of a warp's first tile that are held in registers, an even number; 0 if none is
+    senders   : warps of a team
     clocked   : measure the phases of a step (`tables.TURN_PHASES`), which costs time itself
 
     Arguments named `*_at` are byte addresses of the arrays above and of the status vector, in which an event beyond the
-    float16 range sets STATUS_LARGE, and outputs that do not arrive set STATUS_FAULT. clocks_at : (blocks, warps,
+    float16 range sets STATUS_LARGE, and outputs that do not arrive set STATUS_FAULT. `*_step` are the bytes from one
+    step to the next. clocks_at : (blocks, warps,
     `tables.TURN_PHASES`) int64, read if `clocked`
     """
     multiply, pack, widen = MULTIPLY[precision], PACK[precision], WIDEN[precision]
@@ -215,14 +224,7 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
     hold_words = make_hold(max(1, held), load_readonly_words, STEP_BYTES)
     hold_rows = make_hold(max(1, held // 2), load_row, 4 * 32)
     held_product = make_held_product(max(1, held // 2), multiply)
-
-    @device_function
-    def cycles():
-        """The cycle counter of the multiprocessor, or 0 where phases are not measured."""
-        now = int64(0)
-        if clocked:
-            now = clock()
-        return now
+    cycles = make_cycles(clocked)
 
     @device_function
     def multiply_tile(values_at, units_at, steps, y_at, s0, s1, s2, s3):
@@ -267,6 +269,9 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         pitch,
         batch,
         steps,
+        drive_step,
+        sent_step,
+        after_step,
         counts_at,
         status_at,
         clocks_at,
@@ -302,11 +307,16 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
             target[word] = pack(a, b)
             target[int32(word + (y_size >> 2))] = int32(0)
             word = int32(word + threads)
+        # This warp's team, and whether this lane copies its outputs to the block of the lane's number.
+        team_rows, team_bytes, team_threads, team = load_readonly_words(block[TEAMS_OF] + 16 * int64(warp))
+        rank = int32(int64(cuda.blockIdx.x) % blocks)
+        copies = lane < blocks and lane != rank and lane % max(1, team_threads >> 5) == warp % senders
+        arrives = lane == 0 and warp % senders == 0
         # What the other blocks send in a step.
         step_bytes = int32(ROW_BYTES) * int32(n - int32(block[OWN_UNITS]))
         if thread == 0:
-            barrier_init(base, int32(1))
-            barrier_init(int32(base + 8), int32(1))
+            barrier_init(base, int32(1 + block[TEAMS]))
+            barrier_init(int32(base + 8), int32(1 + block[TEAMS]))
             barrier_expect_bytes(base, step_bytes)
             barrier_expect_bytes(int32(base + 8), step_bytes)
             barrier_init_done()
@@ -330,8 +340,8 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         sums_u = int32(sums_at + int32(sums_row) * int32(own + int32(block[SHIFT_U])) + 8 * pair)
         sums_r = int32(sums_at + int32(sums_row) * int32(own + int32(block[SHIFT_R])) + 8 * pair)
         sums_g = int32(sums_at + int32(sums_row) * int32(own + int32(block[SHIFT_G])) + 8 * pair)
-        clusters, cluster = int64(cuda.gridDim.x) // blocks, int64(cuda.blockIdx.x) // blocks
-        gate, drive_step = 4 * pairs * units, 4 * pairs * columns * clusters
+        cluster = int64(cuda.blockIdx.x) // blocks
+        gate = 4 * pairs * units
         drive = drive_at + 4 * (pairs * (columns * cluster + own_unit) + pair)
         next_u, next_r, next_g = (
             load_readonly_word(drive),
@@ -341,9 +351,7 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         sent_0 = sent_at + 4 * (sample_0 * pitch + own_unit)
         after_0 = after_at + 4 * (sample_0 * units + own_unit)
         own_y = int32(block[AT_Y]) + int32(ROW_BYTES) * int32(own_unit) + 4 * pair
-        own_rows = int32(int32(block[AT_Y]) + int32(ROW_BYTES) * int32(block[FIRST_UNIT]))
-        own_bytes = int32(ROW_BYTES) * int32(block[OWN_UNITS])
-        rank = int32(int64(cuda.blockIdx.x) % blocks)
+        team_at = int32(int32(block[AT_Y]) + team_rows)
         column, group = int32(lane & int32(3)), int32(lane >> int32(2))
         lane_sums = int32(sums_at + int32(sums_row) * group + 8 * column)
         words = hold_words(block[HELD_OF] + int64(warp) * (held * STEP_BYTES) + 16 * int64(lane))
@@ -354,20 +362,21 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         while t < steps32:
             began = cycles()
             word_u, word_r, word_g = next_u, next_r, next_g
-            drive += drive_step * int64(int32(t + 1) < steps32)
+            if int32(t + 1) < steps32:
+                drive += drive_step
             next_u = load_readonly_word(drive)
             next_r = load_readonly_word(drive + gate)
             next_g = load_readonly_word(drive + 2 * gate)
             odd = t & int32(1)
             loads_done = cycles()
-            if blocks > 1 and t > 0:
+            if t > 0:
                 barrier = int32(base + 8 * odd)
                 if not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
                     global_int32(status_at + 8 * tables.STATUS_FAULT)[0] = 1
                     max_polls = int32(1)
                 if thread == 0:
                     barrier_expect_bytes(barrier, step_bytes)
-            # All lanes take part in loads of fragments. In the step before, the first lane alone started copies.
+            # All lanes take part in loads of fragments. In the step before, some lanes alone started copies.
             cuda.syncwarp(0xFFFFFFFF)
             row_at = int32(y_at + odd * y_size)
             waits_done = cycles()
@@ -417,15 +426,18 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
                 large = large or abs(y0) > limit or abs(y1) > limit
                 events = int32(events + int32(y0 != 0) + int32(y1 != 0))
                 ones = int32(ones + int32(y0 == 1) + int32(y1 == 1))
-            fence_copies()
-            cuda.syncthreads()
-            if int32(t + 1) < steps32 and lane == 0 and own_bytes > 0:
-                at, other = int32(own_rows + int32(1 - odd) * y_size), warp
-                while other < blocks:
-                    if other != rank:
-                        there = map_to_rank(base, other)
-                        copy_to_block(int32(there + at), int32(base + at), own_bytes, int32(there + 8 * int32(1 - odd)))
-                    other = int32(other + warps)
+            if int32(t + 1) < steps32 and team_threads > 0:
+                fence_copies()
+                if senders > 1:
+                    warps_barrier(team, team_threads)
+                else:
+                    cuda.syncwarp(0xFFFFFFFF)
+                at, barrier = int32(team_at + int32(1 - odd) * y_size), int32(8 * int32(1 - odd))
+                if copies:
+                    there = map_to_rank(base, lane)
+                    copy_to_block(int32(there + at), int32(base + at), team_bytes, int32(there + barrier))
+                if arrives:
+                    barrier_arrive(int32(base + barrier))
             if mine:
                 if has_first:
                     global_float32(sent_0)[0] = y0
@@ -435,8 +447,8 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
                     global_float32(sent_0 + 4 * pitch)[0] = y1
                     if after_at != 0:
                         global_float32(after_0 + 4 * units)[0] = c1
-            sent_0 += 4 * batch * pitch
-            after_0 += 4 * batch * units
+            sent_0 += sent_step
+            after_0 += after_step
             if clocked:
                 step_done = cycles()
                 copied += loads_done - began
@@ -463,4 +475,4 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         cluster_arrive()
         cluster_wait()
 
-    return layer, types.void(*[types.int64] * 17)
+    return layer, types.void(*[types.int64] * 20)
