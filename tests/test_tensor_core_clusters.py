@@ -89,9 +89,10 @@ def test_teams_have_all_outputs_of_a_block_once(senders, pairs):
     plan = TilePlan(blocks=3, pairs=pairs, threads=512, held=0, shared=0, senders=senders)
     teams, rows = team_table(Share(48, 70, ()), plan), []
     for warp in range(0, 16, senders):
-        assert (teams[warp : warp + senders] == teams[warp]).all() and teams[warp, 3] == 1 + warp // senders
-        first, size, threads, _ = teams[warp]
-        assert threads == 32 * -(-size * pairs // ROW_BYTES // 32) and threads <= 32 * senders
+        first, size, threads, number = teams[warp]
+        assert threads == 32 * -(-size * pairs // ROW_BYTES // 32) and number == 1 + warp // senders
+        # Warps without cells do not wait for the team.
+        assert teams[warp : warp + senders, 2].tolist() == [threads * (k < threads // 32) for k in range(senders)]
         rows += range(first, first + size, ROW_BYTES)
     assert rows == [ROW_BYTES * unit for unit in range(48, 118)]
 
@@ -108,7 +109,7 @@ def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
 @pytest.mark.parametrize(
     ("precision", "units", "batch", "blocks", "senders", "how"),
     [
-        ("bfloat16", 21, 1, 2, 1, {"block": (1, 8)}),
+        ("bfloat16", 21, 1, 2, 0, {"block": (1, 8)}),
         ("bfloat16", 24, 3, 1, 1, {"format": "csr", "block": None, "sparsity": 0.0}),
         ("float16", 40, 9, 3, 2, {"block": (4, 4)}),
     ],
@@ -126,17 +127,23 @@ def test_input_products_side_by_side_with_the_steps_change_nothing(monkeypatch):
     network, inputs = sparse(21, 3, 4, block=(1, 8))
     for multiprocessors in (2, 64):
         device.multiprocessors = multiprocessors
-        monkeypatch.setattr(tensor_core_loop, "FIRST_STEPS", 1)
+        monkeypatch.setattr(tensor_core_loop, "FIRST_STEPS", 2)
         device.launched.clear()
         results.append(through_tensor_cores(network, 3).run(inputs, record=("states",)))
-        # Steps 0, 1 and 2, and 3.
-        assert device.launched.count("tensor_cluster") == (3 if multiprocessors > 2 else 1)
+        # Steps 0 and 1, then steps 2 and 3.
+        assert device.launched.count("tensor_cluster") == (2 if multiprocessors > 2 else 1)
     assert np.array_equal(*(each.states[0] for each in results))
 
 
 def test_chunks_grow_up_to_the_longest():
-    assert chunks(1000, 300, 64) == [range(64), range(64, 192), range(192, 448), range(448, 748), range(748, 1000)]
-    assert chunks(5, 8, 8) == [range(5)] and chunks(3, 1, 64) == [range(1), range(1, 2), range(2, 3)]
+    def sizes(*asked):
+        found = chunks(*asked)
+        assert [step for part in found for step in part] == list(range(asked[0]))
+        return [len(part) for part in found]
+
+    assert sizes(1000, 1000, True) == [67, 134, 268, 531] and sizes(1000, 300, True) == [67, 134, 268, 266, 265]
+    assert sizes(90, 1000, True) == [90] and sizes(90, 40, True) == [30, 30, 30] and sizes(3, 1, True) == [1, 1, 1]
+    assert sizes(1000, 600, False) == [500, 500] and sizes(5, 8, False) == [5]
 
 
 def test_batch_sizes_share_the_weights_on_the_device(monkeypatch):

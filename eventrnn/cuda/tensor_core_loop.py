@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
     from eventrnn.cuda.run_buffers import RunBuffers
 
-# Bytes of the input drives that are kept, and threads per block of the kernel that computes them.
-DRIVE_BYTES, DRIVE_THREADS = 256 << 20, 512
+# Bytes of a buffer of input drives, and threads per block of the kernel that computes them.
+DRIVE_BYTES, DRIVE_THREADS = 384 << 20, 512
 
-# Side by side with the time loop, the input drives of the first steps are computed alone, and each later chunk of steps
-# is so many times as long as the one before, because a chunk of drives takes less time than the same steps.
-FIRST_STEPS, GROWTH = 64, 2
+# Side by side with the time loop, the input drives of the first steps are computed alone. Each later chunk of steps has
+# twice as many as the one before, because its drives take less time than these steps.
+FIRST_STEPS = 96
 
 # Multiprocessors without a cluster for each one of the GPU, from which drives are computed side by side.
 SPARE = 1 / 4
@@ -33,13 +34,22 @@ def fits(inputs: int, shared_bytes: int) -> bool:
     return GROUPS[-1] * ROW_BYTES * (inputs + 1) <= shared_bytes
 
 
-def chunks(steps: int, most: int, first: int) -> list[range]:
-    """The steps whose input drives are computed together: `first` of them, then more and more, at most `most`."""
-    found, begin, size = [], 0, first
-    while begin < steps:
-        found.append(range(begin, min(begin + min(size, most), steps)))
-        begin, size = found[-1].stop, GROWTH * size
-    return found
+def chunks(steps: int, most: int, growing: bool) -> list[range]:
+    """The steps whose input drives are computed together, at most `most`.
+
+    growing : every chunk has about twice as many steps as the one before, and the first one at most FIRST_STEPS
+    """
+    first, count = steps, 1
+    while growing and first > FIRST_STEPS:
+        count += 1
+        first = -(-steps // (2**count - 1))
+    sizes = [first << k for k in range(count)]
+    sizes = [size for size in sizes if size <= most]
+    # What is left, in equal parts.
+    left = max(0, steps - sum(sizes))
+    sizes += [-(-left // -(-left // most))] * -(-left // most) if left else []
+    ends = np.minimum(np.cumsum(sizes), steps).tolist()
+    return [range(begin, end) for begin, end in pairwise([0, *ends]) if end > begin]
 
 
 class InputTiles:
@@ -88,8 +98,7 @@ class TileLoop:
         overlap = spare >= SPARE * device.multiprocessors
         # The drives of a chunk are computed while the time loop reads those of the chunk before from another buffer.
         count = 2 if overlap else 1
-        most = max(1, DRIVE_BYTES // (count * 4 * pairs * clusters * columns))
-        parts = chunks(steps, most, FIRST_STEPS if overlap else most)
+        parts = chunks(steps, max(1, DRIVE_BYTES // (4 * pairs * clusters * columns)), overlap)
         shape = max(map(len, parts)) * clusters, columns, pairs
         drives = [buffers.scratch(("drives", k, part), shape, np.int32) for part in range(min(count, len(parts)))]
         if k == 0:
