@@ -109,7 +109,7 @@ def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
 @pytest.mark.parametrize(
     ("precision", "units", "batch", "blocks", "senders", "how"),
     [
-        ("bfloat16", 21, 1, 2, 0, {"block": (1, 8)}),
+        ("bfloat16", 21, 1, 2, 1, {"block": (1, 8)}),
         ("bfloat16", 24, 3, 1, 1, {"format": "csr", "block": None, "sparsity": 0.0}),
         ("float16", 40, 9, 3, 2, {"block": (4, 4)}),
     ],

@@ -61,9 +61,9 @@ class InputTiles:
 
     def __init__(self, device: Device, tiles: Tiles):
         self.inputs, self.count = tiles.n_pre, tiles.count
-        # The kernel loads two steps ahead.
-        values = np.pad(tiles.fragments, ((0, 2), (0, 0), (0, 0)))
-        rows = np.pad(tiles.rows, ((0, 2), (0, 0))).astype(np.uint16)
+        # The kernel loads four steps ahead.
+        values = np.pad(tiles.fragments, ((0, 4), (0, 0), (0, 0)))
+        rows = np.pad(tiles.rows, ((0, 4), (0, 0))).astype(np.uint16)
         self._arrays = [device.put(each) for each in (tiles.begins, values, rows)]
         self.weights = tuple(each.data.ptr for each in self._arrays)
 

@@ -38,7 +38,7 @@ REGISTERS, MAX_REGISTERS, OWN_REGISTERS = 65536, 248, 68
 MAX_THREADS, TILE_WARPS = 1024, 16
 
 # Warps of a team, whose outputs are copied together.
-SENDERS = 0
+SENDERS = 2
 
 # Cycles on an H200: latencies of a step, the copies of a pair of outputs of one unit to all blocks of a cluster, and
 # what a step of a tile reads from shared memory, rows of y and weights.
@@ -244,14 +244,13 @@ def _cycles(tiles: Tiles, plan: TilePlan) -> float:
 
 def team_table(share: Share, plan: TilePlan) -> np.ndarray:
     """The team of each warp of a block, (warps, 4) int32: see `teams` in `kernels/tensor_core_cluster.py`."""
-    senders = max(1, plan.senders)
     warp = np.arange(plan.threads // LANES)
-    team = warp // senders
-    units = LANES * senders // plan.pairs
+    team = warp // plan.senders
+    units = LANES * plan.senders // plan.pairs
     count = np.clip(share.count - units * team, 0, units)
     rows = ROW_BYTES * np.minimum(share.first + units * team, share.first + share.count)
     threads = LANES * -(-count * plan.pairs // LANES)
-    threads = np.where(LANES * (warp % senders) < threads, threads, 0)
+    threads = np.where(LANES * (warp % plan.senders) < threads, threads, 0)
     return np.stack([rows, ROW_BYTES * count, threads, 1 + team], axis=1).astype(np.int32)
 
 

@@ -96,12 +96,6 @@ def _store_async(address, word, barrier) -> None:
     transactions[_whole(barrier)].count(0, -4)
 
 
-def _store_words_async(address, *words_and_barrier) -> None:
-    *words, barrier = map(int, words_and_barrier)
-    ctypes.memmove(_whole(address), struct.pack(f"<{len(words)}i", *words), 4 * len(words))
-    transactions[_whole(barrier)].count(0, -4 * len(words))
-
-
 def _copy_bulk(target, source, size, barrier) -> None:
     ctypes.memmove(_whole(target), int(source), int(size))
     transactions[_whole(barrier)].count(0, -int(size))
@@ -330,7 +324,6 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(tensor_core_ptx.load_one_column): _load_columns(2),
         id(tensor_core_ptx.store_shared_float2): _store_two,
         **{id(each): _store_half(precision) for precision, each in tensor_core_cells._STORES.items()},
-        **{id(each): _store_words_async for each in tensor_core_ptx.STORE_ASYNC.values()},
         id(tensor_core_ptx.copy_to_block): _copy_to_block,
         id(tensor_core_ptx.fence_copies): lambda: None,
         id(tensor_core_ptx.tanh_approx): lambda x: np.float32(math.tanh(float(x))),

@@ -387,7 +387,6 @@ def instruction(text: str, constraints: str, result, *arguments, pure: bool = Fa
         3: lambda typingctx, a, b, c: (signature, generate),
         4: lambda typingctx, a, b, c, d: (signature, generate),
         5: lambda typingctx, a, b, c, d, e: (signature, generate),
-        6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
         10: lambda typingctx, a, b, c, d, e, f, g, h, i, j: (signature, generate),
     }
     return intrinsic(makers[len(arguments)])

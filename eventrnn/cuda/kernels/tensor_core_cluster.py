@@ -88,7 +88,6 @@ from eventrnn.cuda.kernels.tensor_core_cells import FLOAT16_MAX, ONE
 from eventrnn.cuda.kernels.tensor_core_ptx import (
     MULTIPLY,
     PACK,
-    STORE_ASYNC,
     WIDEN,
     copy_to_block,
     fence_copies,
@@ -189,29 +188,6 @@ def make_held_product(count: int, multiply):
     return product if count > 1 else last
 
 
-def make_send(pairs: int):
-    """The device function send(word, row_at, there, barrier): send `pairs` words of one unit to a block of the cluster.
-
-    word    : the word of this thread, the only one if pairs is 1; otherwise row_at is the shared address of all of them
-    there   : the same address in the other block; barrier : its barrier
-    """
-    store = STORE_ASYNC[pairs]
-
-    @device_function
-    def send_one(a, b, c, d, there, barrier):
-        store(there, a, barrier)
-
-    @device_function
-    def send_two(a, b, c, d, there, barrier):
-        store(there, a, b, barrier)
-
-    @device_function
-    def send_four(a, b, c, d, there, barrier):
-        store(there, a, b, c, d, barrier)
-
-    return {1: send_one, 2: send_two, 4: send_four}[pairs]
-
-
 @device_function
 def fast_sigmoid(x):
     """1 / (1 + exp(-x)) within an absolute error of 2^-12."""
@@ -248,7 +224,7 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, se
     hold_words = make_hold(max(1, held), load_readonly_words, STEP_BYTES)
     hold_rows = make_hold(max(1, held // 2), load_row, 4 * 32)
     held_product = make_held_product(max(1, held // 2), multiply)
-    cycles, send, rounds = make_cycles(clocked), make_send(pairs), -(-(blocks - 1) // pairs)
+    cycles = make_cycles(clocked)
 
     @device_function
     def multiply_tile(values_at, units_at, steps, y_at, s0, s1, s2, s3):
@@ -336,13 +312,13 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, se
         # This warp's team, and whether this lane copies its outputs to the block of the lane's number.
         team_rows, team_bytes, team_threads, team = load_readonly_words(block[TEAMS_OF] + 16 * int64(warp))
         rank = int32(int64(cuda.blockIdx.x) % blocks)
-        copies = lane < blocks - 1 and lane % max(1, team_threads >> 5) == warp % max(1, senders)
+        copies = lane < blocks - 1 and lane % max(1, team_threads >> 5) == warp % senders
         copied_to = int32(rank + 1 + lane)
         if copied_to >= blocks:
             copied_to = int32(copied_to - blocks)
-        arrives = lane == 0 and warp % max(1, senders) == 0
+        arrives = lane == 0 and warp % senders == 0
         # What the other blocks send in a step.
-        step_bytes = int32(ROW_BYTES if senders else 4 * pairs) * int32(n - int32(block[OWN_UNITS]))
+        step_bytes = int32(ROW_BYTES) * int32(n - int32(block[OWN_UNITS]))
         if thread == 0:
             barrier_init(base, int32(1 + block[TEAMS]))
             barrier_init(int32(base + 8), int32(1 + block[TEAMS]))
@@ -376,8 +352,6 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, se
         sent_0 = sent_at + 4 * (sample_0 * pitch + own_unit)
         after_0 = after_at + 4 * (sample_0 * units + own_unit)
         own_y = int32(block[AT_Y]) + int32(ROW_BYTES) * int32(own_unit) + 4 * pair
-        row_of_lane = int32(base + int32(block[AT_Y]) + team_rows + ROW_BYTES * (lane % (32 // pairs)))
-        first_other, has_row = int32(lane // (32 // pairs)), ROW_BYTES * (lane % (32 // pairs)) < team_bytes
         team_at = int32(int32(block[AT_Y]) + team_rows)
         column, group = int32(lane & int32(3)), int32(lane >> int32(2))
         lane_sums = int32(sums_at + int32(sums_row) * group + 8 * column)
@@ -457,20 +431,7 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, se
                 large = large or abs(y0) > limit or abs(y1) > limit
                 events = int32(events + int32(y0 != 0) + int32(y1 != 0))
                 ones = int32(ones + int32(y0 == 1) + int32(y1 == 1))
-            if senders == 0:
-                if int32(t + 1) < steps32 and team_threads > 0:
-                    cuda.syncwarp(0xFFFFFFFF)
-                    next_row, barrier = int32(row_of_lane + int32(1 - odd) * y_size), int32(base + 8 * int32(1 - odd))
-                    if lane == 0:
-                        barrier_arrive(barrier)
-                    w0, w1, w2, w3 = load_shared4(next_row)
-                    for k in range(rounds):
-                        if first_other + k * pairs < blocks - 1 and has_row:
-                            other = int32(rank + 1 + first_other + k * pairs)
-                            if other >= blocks:
-                                other = int32(other - blocks)
-                            send(w0, w1, w2, w3, map_to_rank(next_row, other), map_to_rank(barrier, other))
-            elif int32(t + 1) < steps32 and team_threads > 0:
+            if int32(t + 1) < steps32 and team_threads > 0:
                 fence_copies()
                 if senders > 1:
                     warps_barrier(team, team_threads)
