@@ -36,8 +36,8 @@ OTHERS = {
     "cells, bfloat16": lambda m: m.tensor_core_cells.cells_kernel("bfloat16"),
     "drives": lambda m: m.tensor_core_inputs.drives_kernel("float16", 8, False),
     "drives of rows": lambda m: m.tensor_core_inputs.drives_kernel("bfloat16", 2, True),
-    "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 6, 2),
-    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("float16", 1, 1, 0, 1, True),
+    "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 2, 6, 2, 2),
+    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("float16", 1, 1, 1, 0, 0, 1, True),
     "cells, tf32": lambda m: m.tensor_core_cells.cells_kernel("tf32"),
 }
 

@@ -8,7 +8,7 @@ import pytest
 from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import tensor_core_loop, tensor_core_tiles
-from eventrnn.cuda.kernels.tensor_core_cluster import ROW_BYTES, TILE
+from eventrnn.cuda.kernels.tensor_core_pieces import ROW_BYTES, TILE
 from eventrnn.cuda.plan import Chip
 from eventrnn.cuda.tensor_core_loop import chunks
 from eventrnn.cuda.tensor_core_tiles import Share, TilePlan, Tiles, plan_tiles, shares, team_table
@@ -16,14 +16,17 @@ from support import emulated_gpu
 from support.tensor_cores import check_bound, through_tensor_cores
 
 
-def install(monkeypatch, blocks: int):
-    """An emulated GPU on which two clusters of `blocks` blocks are resident, and none of another size."""
+def install(monkeypatch, blocks: int, own_pairs: int = 1):
+    """An emulated GPU on which two clusters of `blocks` blocks are resident, and none of another size.
+
+    own_pairs : pairs of samples per thread in the cell update
+    """
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     device = emulated_gpu.install(monkeypatch)
     monkeypatch.setattr(tensor_core_loop, "DRIVE_THREADS", 64)
-    monkeypatch.setattr(tensor_core_tiles, "TILE_WARPS", 2)
-    # Registers of a thread for two steps of weights.
-    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", 239)
+    monkeypatch.setattr(tensor_core_tiles, "TILE_WARPS", {1: 2, 2: 1})
+    # Registers of a thread for two steps of weights; with two pairs of samples per thread, for two steps of two tiles.
+    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", {own_pairs: {1: 239, 2: 230}[own_pairs]})
     monkeypatch.setattr(type(device), "clusters", lambda self, size: 2 if size == blocks else 0)
     return device
 
@@ -86,7 +89,8 @@ def test_plans_keep_the_limits_of_the_chip(batch):
 
 @pytest.mark.parametrize(("senders", "pairs"), [(1, 4), (2, 1), (4, 2)])
 def test_teams_have_all_outputs_of_a_block_once(senders, pairs):
-    plan = TilePlan(blocks=3, pairs=pairs, threads=512, held=0, shared=0, senders=senders)
+    sizes = {"blocks": 3, "pairs": pairs, "own_pairs": 1, "held": 0, "held_tiles": 0, "shared": 0}
+    plan = TilePlan(**sizes, threads=512, senders=senders)
     teams, rows = team_table(Share(48, 70, ()), plan), []
     for warp in range(0, 16, senders):
         first, size, threads, number = teams[warp]
@@ -105,17 +109,18 @@ def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
     assert plan_tiles(tiles, 100_000, Chip(132, 232_448, {1: 132, 2: 66})) is None
 
 
-# Two blocks; one block, whose tiles are held in part; three blocks, two clusters, a tile of two gates and teams of two.
+# Two blocks; one block, whose tiles are held in part; three blocks, two clusters, a tile of two gates, teams of two.
 @pytest.mark.parametrize(
-    ("precision", "units", "batch", "blocks", "senders", "how"),
+    ("precision", "units", "batch", "blocks", "own_pairs", "senders", "how"),
     [
-        ("bfloat16", 21, 1, 2, 1, {"block": (1, 8)}),
-        ("bfloat16", 24, 3, 1, 1, {"format": "csr", "block": None, "sparsity": 0.0}),
-        ("float16", 40, 9, 3, 2, {"block": (4, 4)}),
+        ("bfloat16", 21, 1, 2, 1, 1, {"block": (1, 8)}),
+        ("bfloat16", 24, 3, 1, 2, 1, {"format": "csr", "block": None, "sparsity": 0.0}),
+        ("float16", 40, 9, 3, 2, 1, {"block": (4, 4)}),
+        ("float16", 40, 9, 2, 1, 2, {"block": (4, 4)}),
     ],
 )
-def test_emulated_clusters_are_within_the_bound(monkeypatch, precision, units, batch, blocks, senders, how):
-    device = install(monkeypatch, blocks)
+def test_emulated_clusters_are_within_the_bound(monkeypatch, precision, units, batch, blocks, own_pairs, senders, how):
+    device = install(monkeypatch, blocks, own_pairs)
     monkeypatch.setattr(tensor_core_tiles, "SENDERS", senders)
     network, inputs = sparse(units, batch, 4, **how)
     check_bound(precision, network, inputs.to_dense(), clusters=True)

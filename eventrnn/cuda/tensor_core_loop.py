@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda.kernels.tensor_core_cluster import ROW_BYTES, TILE, tensor_cluster_kernel
+from eventrnn.cuda.kernels.tensor_core_cluster import tensor_cluster_kernel
 from eventrnn.cuda.kernels.tensor_core_inputs import GROUPS, drives_kernel
+from eventrnn.cuda.kernels.tensor_core_pieces import ROW_BYTES, TILE
 from eventrnn.cuda.run_buffers import pitch_of
 from eventrnn.cuda.tensor_core_tiles import TilePlan, Tiles, block_table
 
@@ -182,7 +183,8 @@ class TileLoop:
 
     def _run_clusters(self, clusters: int, arguments: tuple[int, ...]) -> None:
         plan, device = self.plan, self.device
-        options = self.precision, plan.blocks, plan.pairs, plan.held, plan.senders, self.clocks is not None
+        sizes = plan.blocks, plan.pairs, plan.own_pairs, plan.held, plan.held_tiles, plan.senders
+        options = self.precision, *sizes, self.clocks is not None
         make = partial(tensor_cluster_kernel, *options)
         kernel = device.kernel(("tensor_cluster", *options), make, plan.threads)
         device.launch(kernel, clusters * plan.blocks, plan.threads, *arguments, shared=plan.shared, cluster=plan.blocks)

@@ -247,6 +247,10 @@ def _load_columns(count: int):
     return load
 
 
+def _fill_word(address, word) -> None:
+    ctypes.memmove(int(address), struct.pack("<i", int(word)), 4)
+
+
 def _store_two(address, a, b) -> None:
     ctypes.memmove(_whole(address), struct.pack("<2f", float(a), float(b)), 8)
 
@@ -323,6 +327,7 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(tensor_core_ptx.load_two_columns): _load_columns(4),
         id(tensor_core_ptx.load_one_column): _load_columns(2),
         id(tensor_core_ptx.store_shared_float2): _store_two,
+        id(tensor_core_ptx.store_shared_word): lambda at, word: _fill_word(_whole(at), word),
         **{id(each): _store_half(precision) for precision, each in tensor_core_cells._STORES.items()},
         id(tensor_core_ptx.copy_to_block): _copy_to_block,
         id(tensor_core_ptx.fence_copies): lambda: None,

@@ -39,7 +39,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_uint16,
 )
 from eventrnn.cuda.kernels.tensor_core_cells import FLOAT16_MAX
-from eventrnn.cuda.kernels.tensor_core_cluster import ROW_BYTES, STEP_BYTES, TILE, UNITS_BYTES, ZERO
+from eventrnn.cuda.kernels.tensor_core_pieces import ROW_BYTES, STEP_BYTES, TILE, UNITS_BYTES, ZERO
 from eventrnn.cuda.kernels.tensor_core_ptx import MULTIPLY, PACK, load_readonly_words, load_two_columns
 from eventrnn.cuda.tables import STATUS_LARGE
 

@@ -76,6 +76,9 @@ store_shared_float2 = instruction(
     "st.shared.v2.f32 [$0], {$1, $2};", f"r,f,f,{MEMORY}", NOTHING, INT, types.float32, types.float32
 )
 
+#: shared address and a word
+store_shared_word = instruction("st.shared.b32 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
 #: address, a multiple of 16: four words of global memory that are read-only during the kernel
 load_readonly_words = instruction(
     "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", types.UniTuple(types.int32, 4), types.int64
