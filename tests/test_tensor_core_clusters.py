@@ -94,15 +94,15 @@ def test_teams_have_all_outputs_of_a_block_once(senders, pairs):
     teams, rows = team_table(Share(48, 70, ()), plan), []
     for warp in range(0, 16, senders):
         first, size, threads, number = teams[warp]
-        assert threads == 32 * -(-size * pairs // ROW_BYTES // 32) and number == 1 + warp // senders
+        assert threads == 32 * -(-size // 4 // 32) and number == 1 + warp // senders
         # Warps without cells do not wait for the team.
         assert teams[warp : warp + senders, 2].tolist() == [threads * (k < threads // 32) for k in range(senders)]
-        rows += range(first, first + size, ROW_BYTES)
-    assert rows == [ROW_BYTES * unit for unit in range(48, 118)]
+        rows += range(first, first + size, 4 * pairs)
+    assert rows[:70] == [4 * pairs * unit for unit in range(48, 118)] and 4 * pairs * len(rows) - 280 * pairs < 16
 
 
 def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
-    chip, tiles = Chip(132, 5_000, {1: 132, 2: 66}), Tiles.of(words_of(np.random.default_rng(0), 128, 128, 1.0))
+    chip, tiles = Chip(132, 4_000, {1: 132, 2: 66}), Tiles.of(words_of(np.random.default_rng(0), 128, 128, 1.0))
     assert plan_tiles(tiles, 4, chip) is None
     assert plan_tiles(tiles, 4, Chip(132, 232_448, {})) is None
     assert plan_tiles(tiles, 4, Chip(132, 232_448, {1: 132, 2: 66})) is not None

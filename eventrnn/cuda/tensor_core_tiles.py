@@ -199,9 +199,12 @@ def layout(tiles: Tiles, blocks: int, pairs: int, held: int, first: int) -> tupl
     for share in shares(tiles.units, blocks):
         lengths = lengths_of(tiles, share)
         most, steps = max(most, len(lengths)), max(steps, int(order_of(lengths, held, first)[1].sum()))
+    # With SAMPLES samples y has two parts itself.
+    whole, row = 2 * pairs == SAMPLES, ROW_BYTES * (tiles.units + 1)
     sizes = {
         "barriers": 16,
-        "y": 2 * ROW_BYTES * (tiles.units + 1),
+        "y": 2 * row if whole else row,
+        "parts": 0 if whole else 2 * whole_words(4 * pairs * tiles.units),
         "tiles": 16 * most,
         "values": STEP_BYTES * steps,
         "units": UNITS_BYTES * (steps + 1),
@@ -210,8 +213,15 @@ def layout(tiles: Tiles, blocks: int, pairs: int, held: int, first: int) -> tupl
     offsets, at = {}, 0
     for name, size in sizes.items():
         offsets[name] = at
-        at += -(-size // 16) * 16
+        at += whole_words(size)
+    if whole:
+        offsets["parts"] = offsets["y"]
     return offsets, at
+
+
+def whole_words(size: int) -> int:
+    """Bytes, rounded up to a multiple of 16."""
+    return -(-size // 16) * 16
 
 
 def tile_plan(tiles: Tiles, blocks: int, pairs: int, own_pairs: int = 1) -> TilePlan | None:
@@ -272,10 +282,13 @@ def team_table(share: Share, plan: TilePlan) -> np.ndarray:
     per_unit = plan.pairs // plan.own_pairs
     units = LANES * plan.senders // per_unit
     count = np.clip(share.count - units * team, 0, units)
-    rows = ROW_BYTES * np.minimum(share.first + units * team, share.first + share.count)
+    row = 4 * plan.pairs
+    offsets = row * np.minimum(share.first + units * team, share.first + share.count)
     threads = LANES * -(-count * per_unit // LANES)
     threads = np.where(LANES * (warp % plan.senders) < threads, threads, 0)
-    return np.stack([rows, ROW_BYTES * count, threads, 1 + team], axis=1).astype(np.int32)
+    # Only the last units of a layer may need padding.
+    sizes = -(-row * count // 16) * 16
+    return np.stack([offsets, sizes, threads, 1 + team], axis=1).astype(np.int32)
 
 
 def block_table(tiles: Tiles, plan: TilePlan, addresses: Callable[[np.ndarray], int]) -> np.ndarray:
@@ -286,7 +299,9 @@ def block_table(tiles: Tiles, plan: TilePlan, addresses: Callable[[np.ndarray], 
     offsets, _ = layout(tiles, plan.blocks, plan.pairs, plan.held, plan.first_tiles)
     rows = tiles.rows.astype(np.uint16)
     table = np.zeros((plan.blocks, BLOCK_FIELDS), np.int64)
-    for line, share in zip(table, shares(tiles.units, plan.blocks), strict=True):
+    each = shares(tiles.units, plan.blocks)
+    sent = [whole_words(4 * plan.pairs * share.count) for share in each]
+    for line, share, own in zip(table, each, sent, strict=True):
         lengths, shifts, slot = lengths_of(tiles, share), [], 0
         begins = np.concatenate([tiles.begins[t.start : t.stop] for t in share.tiles])
         for gate, owned in enumerate(share.tiles):
@@ -300,10 +315,10 @@ def block_table(tiles: Tiles, plan: TilePlan, addresses: Callable[[np.ndarray], 
         entries = np.zeros((slot, 4), np.int32)
         entries[:, 0], entries[:, 1], entries[:, 2] = order, np.cumsum(others) - others, others
         teams = team_table(share, plan)
-        parts = held, held_rows, teams, entries, tiles.fragments[steps], rows[steps]
-        at = (offsets[name] for name in ("y", "tiles", "values", "units", "sums"))
+        arrays = held, held_rows, teams, entries, tiles.fragments[steps], rows[steps]
+        at = (offsets[name] for name in ("y", "parts", "tiles", "values", "units", "sums"))
         counts = slot, len(steps), len(np.unique(teams[teams[:, 2] > 0, 3]))
-        line[:] = share.first, share.count, *counts, *shifts, *map(addresses, parts), *at
+        line[:] = share.first, share.count, *counts, *shifts, *map(addresses, arrays), sum(sent) - own, *at
     return table
 
 

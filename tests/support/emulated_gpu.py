@@ -156,6 +156,7 @@ def _count_arrival(address, number) -> np.int32:
 SHORT_ADDRESSES = {
     "load_shared": lambda at: np.int32(fake_gpu.ints(_whole(at), 1)[0]),
     "load_shared_uint16": lambda at: np.int32(fake_gpu.half(_whole(at), 1, "float16")[0]),
+    "load_shared2": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 2))),
     "load_shared4": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 4))),
     "load_shared_float": lambda at: np.float32(fake_gpu.floats(_whole(at), 1)[0]),
     "store_shared2": lambda at, a, b: ctypes.memmove(_whole(at), struct.pack("<ii", int(a), int(b)), 8),

@@ -30,11 +30,13 @@ after        global   (steps, batch, units) float32, cells after each step, or a
 counts       global   (2, units) int64, to which graded events are added, then events of value 1; or address 0
 held         global   (warps, held tiles * held steps, 32, 4) int32, weights as fragments
 held rows    global   (warps, held tiles * held steps / 2, 32) int32, what each lane loads: byte offsets in a row of y
-teams        global   (warps, 4) int32: of the team of each warp, the byte offset of its outputs in a row of y, their
+teams        global   (warps, 4) int32: of the team of each warp, the byte offset of its outputs in `parts`, their
                       bytes, its threads that have cells, 0 if none has, and the number of its barrier
 barriers     shared   (2,) mbarriers, of even and of odd steps; at the same address in all blocks of the cluster
-y            shared   (2, units + 1, SAMPLES) rounded outputs before even and odd steps; the last row is zero and
-                      serves the padding of tiles
+y            shared   (units + 1, SAMPLES) rounded outputs before the step; the last row is zero and serves the padding
+                      of tiles
+parts        shared   (2, units, 2 * pairs) rounded outputs before even and odd steps, padded to whole 16 bytes, which
+                      are laid out in y. With SAMPLES samples y is one of them, and has two parts itself
 tiles        shared   (tiles, 4) int32: per tile where its sums are, the first of its steps that lie in shared memory,
                       and their number
 values       shared   (steps of the block, 32, 4) int32, weights as fragments
@@ -42,13 +44,13 @@ rows         shared   (steps of the block + 1, TILE) uint16, the units of each s
 sums         shared   (tiles, TILE, 2 * pairs) float32, recurrent products
 ============ ======== ==========================================================================================
 
-A block writes its outputs into its own row of y. Teams of its warps copy them from there into those of the other
-blocks, each as soon as it has updated its cells.
+A block writes its outputs into its own `parts`. Teams of its warps copy them from there into those of the other blocks,
+each as soon as it has updated its cells.
 
 Barriers: an mbarrier phase before the outputs of the last step are read, which waits for all teams of the block and for
 the bytes of the other blocks; one block barrier between products and cells; cluster barriers at the start and the end,
 because no block may write into one that has not started or has ended. All outputs of a step arrive in a block only
-after all blocks have read those of the step before it, so two rows are enough. That every block has units is a
+after all blocks have read those of the step before it, so two parts are enough. That every block has units is a
 condition of this. Teams arrive after they have read the sums, so that no warp overwrites sums that are still read.
 """
 
@@ -82,6 +84,7 @@ from eventrnn.cuda.kernels.ptx import (
 )
 from eventrnn.cuda.kernels.tensor_core_cells import FLOAT16_MAX
 from eventrnn.cuda.kernels.tensor_core_pieces import (
+    LAY_OUT,
     LOAD_DRIVE,
     LOAD_SUMS,
     ROW_BYTES,
@@ -120,13 +123,15 @@ from eventrnn.cuda.kernels.tensor_core_ptx import (
     TILES_OF,  # of `tiles`
     VALUES_OF,  # of `values`
     UNITS_OF,  # of `rows`
+    RECEIVED,  # bytes that the other blocks send per step
     AT_Y,  # offsets in shared memory, the same for all blocks of a cluster
+    AT_PARTS,
     AT_TILES,
     AT_VALUES,
     AT_UNITS,
     AT_SUMS,
     BLOCK_FIELDS,  # number of fields
-) = range(20)
+) = range(22)
 
 
 @device_function
@@ -172,6 +177,8 @@ def tensor_cluster_kernel(
     held_sums, other_sums = make_tiles(max(1, held_tiles), max(2, held), pairs, multiply)
     load_drive, load_sums, store_pairs = LOAD_DRIVE[own_pairs], LOAD_SUMS[own_pairs], STORE_PAIRS[own_pairs]
     cycles = make_cycles(clocked)
+    # Whether parts are whole rows of y, which then need not be laid out.
+    part_row, whole, lay_out = 4 * pairs, 2 * pairs == SAMPLES, LAY_OUT[pairs]
 
     @device_function
     def update(word_u, word_r, word_g, u0, u1, r0, r1, g0, g1, bias_u, bias_r, bias_g, bias_rec_g, c0, c1):
@@ -209,7 +216,8 @@ def tensor_cluster_kernel(
         shared = shared_base()
         base = int32(shared)
         n, tiles = int32(units), in_all_lanes(block[TILES])
-        y_at, y_size = int32(base + int32(block[AT_Y])), int32(ROW_BYTES) * int32(n + 1)
+        y_at, parts_at = int32(base + int32(block[AT_Y])), int32(block[AT_PARTS])
+        part_size = int32(ROW_BYTES) * int32(n + 1) if whole else int32((part_row * n + 15) // 16 * 16)
         tiles_at, sums_at = int32(base + int32(block[AT_TILES])), int32(base + int32(block[AT_SUMS]))
         all_values, all_units = int32(base + int32(block[AT_VALUES])), int32(base + int32(block[AT_UNITS]))
         copy_words16(shared + block[AT_VALUES], block[VALUES_OF], int64(STEP_BYTES) * block[STEPS], thread, threads)
@@ -222,7 +230,7 @@ def tensor_cluster_kernel(
         unit, outputs, large = int64(thread), global_float32(outputs_at), False
         while unit <= units:
             row = shared_int32(shared + block[AT_Y] + ROW_BYTES * unit)
-            odd_row = shared_int32(shared + block[AT_Y] + ROW_BYTES * unit + y_size)
+            odd_row = shared_int32(shared + block[AT_Y] + ROW_BYTES * unit + part_size)
             for pair in range(SAMPLES // 2):
                 a = b = ZERO
                 sample = first + 2 * pair
@@ -233,7 +241,8 @@ def tensor_cluster_kernel(
                         b = outputs[(sample + 1) * outputs_pitch + unit]
                 large = large or abs(a) > limit or abs(b) > limit
                 row[pair] = pack(a, b)
-                odd_row[pair] = int32(0)
+                if whole:
+                    odd_row[pair] = int32(0)
             unit += threads
         # This warp's team, and whether this lane copies its outputs to the block of the lane's number.
         team_rows, team_bytes, team_threads, team = load_readonly_words(block[TEAMS_OF] + 16 * int64(warp))
@@ -244,7 +253,7 @@ def tensor_cluster_kernel(
             copied_to = int32(copied_to - blocks)
         arrives = lane == 0 and warp % senders == 0
         # What the other blocks send in a step.
-        step_bytes = int32(ROW_BYTES) * int32(n - int32(block[OWN_UNITS]))
+        step_bytes = int32(block[RECEIVED])
         if thread == 0:
             barrier_init(base, int32(1 + block[TEAMS]))
             barrier_init(int32(base + 8), int32(1 + block[TEAMS]))
@@ -287,8 +296,8 @@ def tensor_cluster_kernel(
         next_g, next_h = load_drive(drive + 2 * gate)
         sent = sent_at + 4 * (sample * pitch + own_unit)
         after = after_at + 4 * (sample * units + own_unit)
-        own_y = int32(base + int32(block[AT_Y]) + int32(ROW_BYTES) * int32(own_unit) + 4 * pair)
-        team_at = int32(int32(block[AT_Y]) + team_rows)
+        own_part = int32(base + parts_at + int32(part_row) * int32(own_unit) + 4 * pair)
+        team_at = int32(parts_at + team_rows)
         column, group = int32(lane & int32(3)), int32(lane >> int32(2))
         lane_sums = int32(sums_at + int32(sums_row) * group + 8 * column)
         lane_values, lane_units = int32(all_values + 16 * lane), int32(all_units + 2 * lane)
@@ -321,7 +330,15 @@ def tensor_cluster_kernel(
                     barrier_expect_bytes(barrier, step_bytes)
             # All lanes take part in loads of fragments. In the step before, some lanes alone started copies.
             cuda.syncwarp(0xFFFFFFFF)
-            row_at = int32(y_at + odd * y_size)
+            row_at = int32(y_at + odd * part_size) if whole else y_at
+            if not whole and t > 0:
+                own_row, unit_of_thread = int32(base + parts_at + odd * part_size), thread
+                while unit_of_thread < n:
+                    lay_out(
+                        int32(own_row + int32(part_row) * unit_of_thread), int32(y_at + int32(ROW_BYTES) * unit_of_thread)
+                    )
+                    unit_of_thread = int32(unit_of_thread + threads)
+                cuda.syncthreads()
             waits_done = cycles()
             tables_at = tiles_at, lane_values, lane_units, row_at, lane_sums, column < pairs
             tile = warp
@@ -349,7 +366,7 @@ def tensor_cluster_kernel(
                     y2, c2 = c2, c2 - threshold
                 if has_3 and c3 > threshold:
                     y3, c3 = c3, c3 - threshold
-                store_pairs(int32(own_y + int32(1 - odd) * y_size), pack(y0, y1), pack(y2, y3))
+                store_pairs(int32(own_part + int32(1 - odd) * part_size), pack(y0, y1), pack(y2, y3))
                 large = large or max(max(abs(y0), abs(y1)), max(abs(y2), abs(y3))) > limit
                 events = int32(events + int32(y0 != 0) + int32(y1 != 0) + int32(y2 != 0) + int32(y3 != 0))
                 ones = int32(ones + int32(y0 == 1) + int32(y1 == 1) + int32(y2 == 1) + int32(y3 == 1))
@@ -359,7 +376,7 @@ def tensor_cluster_kernel(
                     warps_barrier(team, team_threads)
                 else:
                     cuda.syncwarp(0xFFFFFFFF)
-                at, barrier = int32(team_at + int32(1 - odd) * y_size), int32(8 * int32(1 - odd))
+                at, barrier = int32(team_at + int32(1 - odd) * part_size), int32(8 * int32(1 - odd))
                 if copies:
                     there = map_to_rank(base, copied_to)
                     copy_to_block(int32(there + at), int32(base + at), team_bytes, int32(there + barrier))

@@ -11,6 +11,8 @@ from eventrnn.cuda.kernels.ptx import (
     fma,
     global_float32,
     load_readonly2,
+    load_shared,
+    load_shared2,
     load_shared4,
     load_shared_float2,
     load_shared_uint16,
@@ -212,6 +214,26 @@ LOAD_SUMS = {1: load_sums_of_pair, 2: load_sums_of_two}
 
 #: shared address and two words, of which the second one is dropped if there is one pair
 STORE_PAIRS = {1: store_pair, 2: store_shared2}
+
+
+@device_function
+def lay_out_pair(part, row):
+    store_shared_word(row, load_shared(part))
+
+
+@device_function
+def lay_out_two(part, row):
+    a, b = load_shared2(part)
+    store_shared2(row, a, b)
+
+
+@device_function
+def lay_out_four(part, row):
+    """Nothing: four pairs are a whole row."""
+
+
+#: by pairs of samples per cluster: shared addresses of the outputs of a unit and of its row of y, into which they go
+LAY_OUT = {1: lay_out_pair, 2: lay_out_two, 4: lay_out_four}
 
 
 @device_function
