@@ -11,7 +11,7 @@ from eventrnn.cuda import tensor_core_loop, tensor_core_tiles
 from eventrnn.cuda.kernels.tensor_core_pieces import ROW_BYTES, TILE
 from eventrnn.cuda.plan import Chip
 from eventrnn.cuda.tensor_core_loop import chunks
-from eventrnn.cuda.tensor_core_tiles import Share, TilePlan, Tiles, plan_tiles, shares, team_table
+from eventrnn.cuda.tensor_core_tiles import Share, TilePlan, Tiles, plan_tiles, shares, spare_multiprocessors, team_table
 from support import emulated_gpu
 from support.tensor_cores import check_bound, through_tensor_cores
 
@@ -75,7 +75,7 @@ def test_rows_that_are_loaded_together_lie_in_different_banks():
 def test_plans_keep_the_limits_of_the_chip(batch):
     chip = Chip(132, 232_448, {1: 132, 2: 66, 8: 15, 9: 9, 16: 7})
     tiles = Tiles.of(words_of(np.random.default_rng(0), 333, 333, 0.1))
-    plan = plan_tiles(tiles, batch, chip)
+    plan = plan_tiles(tiles, 20, batch, chip)
     assert plan.shared <= chip.shared_bytes and plan.threads <= 1024 and plan.held % 2 == 0
     assert 2 * plan.pairs * plan.clusters(batch) >= batch
     each = shares(tiles.units, plan.blocks)
@@ -101,12 +101,19 @@ def test_teams_have_all_outputs_of_a_block_once(senders, pairs):
     assert rows[:70] == [4 * pairs * unit for unit in range(48, 118)] and 4 * pairs * len(rows) - 280 * pairs < 16
 
 
+def test_input_products_of_many_weights_leave_them_multiprocessors():
+    chip, tiles = Chip(132, 232_448, {8: 15, 16: 7}), Tiles.of(words_of(np.random.default_rng(0), 512, 512, 0.05))
+    few, many = (plan_tiles(tiles, steps, 32, chip) for steps in (100, 10_000))
+    assert spare_multiprocessors(many, 32, 132) > spare_multiprocessors(few, 32, 132) > 0
+    assert spare_multiprocessors(many, 128, 132) == 0
+
+
 def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
     chip, tiles = Chip(132, 4_000, {1: 132, 2: 66}), Tiles.of(words_of(np.random.default_rng(0), 128, 128, 1.0))
-    assert plan_tiles(tiles, 4, chip) is None
-    assert plan_tiles(tiles, 4, Chip(132, 232_448, {})) is None
-    assert plan_tiles(tiles, 4, Chip(132, 232_448, {1: 132, 2: 66})) is not None
-    assert plan_tiles(tiles, 100_000, Chip(132, 232_448, {1: 132, 2: 66})) is None
+    assert plan_tiles(tiles, 20, 4, chip) is None
+    assert plan_tiles(tiles, 20, 4, Chip(132, 232_448, {})) is None
+    assert plan_tiles(tiles, 20, 4, Chip(132, 232_448, {1: 132, 2: 66})) is not None
+    assert plan_tiles(tiles, 20, 100_000, Chip(132, 232_448, {1: 132, 2: 66})) is None
 
 
 # Two blocks; one block, whose tiles are held in part; three blocks, two clusters, a tile of two gates, teams of two.

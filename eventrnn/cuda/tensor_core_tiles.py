@@ -39,9 +39,15 @@ MAX_HELD_TILES = 2
 # Warps of a team, whose outputs are copied together.
 SENDERS = 2
 
-# Cycles on an H200: latencies of a step, the copies of a pair of outputs of one unit to all blocks of a cluster, and
-# what a step of a tile reads from shared memory, rows of y and weights.
-EXCHANGE, STORE, LOAD_ROWS, LOAD_WEIGHTS = 1000, 0.25, 2.5, 4
+# Cycles on an H200: latencies of a step, the copies of a pair of outputs of one unit to all blocks of a cluster, the
+# laying out of the outputs of a unit, and what a step of a tile reads from shared memory, rows of y and weights.
+EXCHANGE, STORE, LAY_OUT, LOAD_ROWS, LOAD_WEIGHTS = 1000, 0.25, 0.1, 2.5, 4
+
+# Cycles of one multiprocessor for a step of a tile of the input weights, and the samples of one cluster.
+INPUT_STEP = 6
+
+# Share of the multiprocessors from which input products are computed side by side with the time loop.
+SPARE = 1 / 4
 
 # Clusters that run one after the other on the same multiprocessors, at most. With more streams, a product of cuBLAS per
 # step is taken to be faster. This limit was not measured.
@@ -248,8 +254,11 @@ def tile_plan(tiles: Tiles, blocks: int, pairs: int, own_pairs: int = 1) -> Tile
     return TilePlan(blocks, pairs, own_pairs, LANES * warps, held, held_tiles, shared, SENDERS)
 
 
-def plan_tiles(tiles: Tiles, batch: int, chip: Chip) -> TilePlan | None:
-    """The plan with the least expected time, or None where no block holds its share or the waves would be too many."""
+def plan_tiles(tiles: Tiles, input_steps: int, batch: int, chip: Chip) -> TilePlan | None:
+    """The plan with the least expected time, or None where no block holds its share or the waves would be too many.
+
+    tiles, input_steps : the recurrent weights, and the steps of all tiles of the input weights
+    """
     found = []
     for blocks, pairs, own_pairs in product(CLUSTER_SIZES, PAIRS, OWN_REGISTERS):
         resident = chip.clusters.get(blocks, 0) if own_pairs <= pairs else 0
@@ -258,9 +267,19 @@ def plan_tiles(tiles: Tiles, batch: int, chip: Chip) -> TilePlan | None:
             continue
         clusters = plan.clusters(batch)
         waves = -(-clusters // resident)
-        if waves <= MAX_WAVES:
-            found.append((waves * _cycles(tiles, plan), clusters * blocks, plan))
+        if waves > MAX_WAVES:
+            continue
+        cycles, of_inputs = waves * _cycles(tiles, plan), INPUT_STEP * input_steps * clusters
+        spare = spare_multiprocessors(plan, batch, chip.multiprocessors)
+        cycles = max(cycles, of_inputs / spare) if spare else cycles + of_inputs / chip.multiprocessors
+        found.append((cycles, clusters * blocks, plan))
     return min(found, key=lambda each: each[:2])[2] if found else None
+
+
+def spare_multiprocessors(plan: TilePlan, batch: int, multiprocessors: int) -> int:
+    """The multiprocessors that compute input products side by side with the time loop; 0 if they are too few."""
+    spare = multiprocessors - plan.clusters(batch) * plan.blocks
+    return spare if spare >= SPARE * multiprocessors else 0
 
 
 def _cycles(tiles: Tiles, plan: TilePlan) -> float:
@@ -272,7 +291,8 @@ def _cycles(tiles: Tiles, plan: TilePlan) -> float:
         # A shorter tile that is held is padded.
         rows = plan.held * min(plan.first_tiles, len(lengths)) + others.sum()
         products = max(products, LOAD_ROWS * rows + LOAD_WEIGHTS * others.sum())
-    return EXCHANGE + STORE * tiles.units * SAMPLES / 2 + products
+    outputs = tiles.units * (STORE * plan.pairs + (0 if 2 * plan.pairs == SAMPLES else LAY_OUT))
+    return EXCHANGE + outputs + products
 
 
 def team_table(share: Share, plan: TilePlan) -> np.ndarray:
