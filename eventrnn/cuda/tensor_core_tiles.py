@@ -37,14 +37,14 @@ MAX_THREADS, TILE_WARPS = 1024, {1: 16, 2: 12}
 MAX_HELD_TILES = 2
 
 # Warps of a team, whose outputs are copied together.
-SENDERS = 2
+SENDERS = 4
 
 # Cycles on an H200: latencies of a step, the copies of a pair of outputs of one unit to all blocks of a cluster, the
 # laying out of the outputs of a unit, and what a step of a tile reads from shared memory, rows of y and weights.
 EXCHANGE, STORE, LAY_OUT, LOAD_ROWS, LOAD_WEIGHTS = 1000, 0.25, 0.1, 2.5, 4
 
-# Cycles of one multiprocessor for a step of a tile of the input weights, and the samples of one cluster.
-INPUT_STEP = 6
+# Cycles of one multiprocessor for the input products of one cluster: their inputs, and each step of a tile.
+INPUT_GROUP, INPUT_STEP = 2500, 6
 
 # Share of the multiprocessors from which input products are computed side by side with the time loop.
 SPARE = 1 / 4
@@ -269,7 +269,7 @@ def plan_tiles(tiles: Tiles, input_steps: int, batch: int, chip: Chip) -> TilePl
         waves = -(-clusters // resident)
         if waves > MAX_WAVES:
             continue
-        cycles, of_inputs = waves * _cycles(tiles, plan), INPUT_STEP * input_steps * clusters
+        cycles, of_inputs = waves * _cycles(tiles, plan), clusters * (INPUT_GROUP + INPUT_STEP * input_steps)
         spare = spare_multiprocessors(plan, batch, chip.multiprocessors)
         cycles = max(cycles, of_inputs / spare) if spare else cycles + of_inputs / chip.multiprocessors
         found.append((cycles, clusters * blocks, plan))
