@@ -35,10 +35,10 @@ OTHERS = {
     "round_rows": lambda m: m.tensor_core_cells.round_rows_kernel("bfloat16"),
     "cells, bfloat16": lambda m: m.tensor_core_cells.cells_kernel("bfloat16"),
     "drives": lambda m: m.tensor_core_inputs.drives_kernel("float16", 8, False),
-    "tensor grid": lambda m: m.tensor_core_grid.tensor_grid_kernel("bfloat16", 3, 4, 4),
+    "tensor grid": lambda m: m.tensor_core_grid.tensor_grid_kernel("bfloat16", 2, 3, 4),
     "drives of rows": lambda m: m.tensor_core_inputs.drives_kernel("bfloat16", 2, True),
-    "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 6, 2),
-    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("float16", 1, 1, 0, 1, True),
+    "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 2, 6, 2, 2),
+    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("float16", 1, 1, 1, 0, 0, 1, True),
     "cells, tf32": lambda m: m.tensor_core_cells.cells_kernel("tf32"),
 }
 

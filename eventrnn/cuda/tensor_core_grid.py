@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda.kernels.tensor_core_cluster import TILE
 from eventrnn.cuda.kernels.tensor_core_grid import (
     MAX_SAMPLES,
     OWN_UNITS,
@@ -16,6 +15,7 @@ from eventrnn.cuda.kernels.tensor_core_grid import (
     tensor_grid_kernel,
     units_of_steps,
 )
+from eventrnn.cuda.kernels.tensor_core_pieces import TILE
 from eventrnn.cuda.tables import LANES
 from eventrnn.cuda.tensor_core_tiles import REGISTERS, fragments_of
 

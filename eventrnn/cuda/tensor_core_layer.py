@@ -116,12 +116,12 @@ class TensorLayer:
     def loop(self, batch: int) -> TileLoop | None:
         """The loop of clusters for so many samples; None where every step is a product of cuBLAS."""
         if batch not in self.plans:
-            self.plans[batch] = plan_tiles(self.tiles, batch, self.chip) if self._has_tiles else None
+            self.plans[batch] = self._plan(batch) if self._has_tiles else None
         plan = self.plans[batch]
         if plan is None:
             return None
         if plan not in self.loops:
-            weights = self.input_tiles, self.tiles, self.vectors
+            weights = self._device_inputs, self.tiles, self.vectors
             self.loops[plan] = TileLoop(self.device, self.precision, *weights, plan)
         return self.loops[plan]
 
@@ -145,9 +145,16 @@ class TensorLayer:
         return Tiles.of(self.words[1])
 
     @cached_property
-    def input_tiles(self) -> InputTiles:
-        """The tiles of the input weights on the device."""
-        return InputTiles(self.device, Tiles.of(self.words[0], even=True))
+    def input_tiles(self) -> Tiles:
+        """The tiles of the input weights."""
+        return Tiles.of(self.words[0], even=True)
+
+    @cached_property
+    def _device_inputs(self) -> InputTiles:
+        return InputTiles(self.device, self.input_tiles)
+
+    def _plan(self, batch: int) -> TilePlan | None:
+        return plan_tiles(self.tiles, int(self.input_tiles.begins[-1]), batch, self.chip)
 
     def path(self, batch: int) -> str:
         """What computes the recurrent products."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda.kernels.tensor_core_cluster import ROW_BYTES, TILE, tensor_cluster_kernel
+from eventrnn.cuda.kernels.tensor_core_cluster import tensor_cluster_kernel
 from eventrnn.cuda.kernels.tensor_core_inputs import GROUPS, drives_kernel
+from eventrnn.cuda.kernels.tensor_core_pieces import ROW_BYTES, TILE
 from eventrnn.cuda.run_buffers import pitch_of
-from eventrnn.cuda.tensor_core_tiles import TilePlan, Tiles, block_table
+from eventrnn.cuda.tensor_core_tiles import TilePlan, Tiles, block_table, spare_multiprocessors
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -23,10 +24,6 @@ DRIVE_BYTES, DRIVE_THREADS = 384 << 20, 512
 # Side by side with the time loop, the input drives of the first steps are computed alone. Each later chunk of steps has
 # twice as many as the one before, because its drives take less time than these steps.
 FIRST_STEPS = 96
-
-# Multiprocessors without a cluster for each one of the GPU, from which drives are computed side by side.
-SPARE = 1 / 4
-SIDE_PARTS = 1
 
 
 def fits(inputs: int, shared_bytes: int) -> bool:
@@ -61,9 +58,9 @@ class InputTiles:
 
     def __init__(self, device: Device, tiles: Tiles):
         self.inputs, self.count = tiles.n_pre, tiles.count
-        # The kernel loads two steps ahead.
-        values = np.pad(tiles.fragments, ((0, 2), (0, 0), (0, 0)))
-        rows = np.pad(tiles.rows, ((0, 2), (0, 0))).astype(np.uint16)
+        # The kernel loads four steps ahead.
+        values = np.pad(tiles.fragments, ((0, 4), (0, 0), (0, 0)))
+        rows = np.pad(tiles.rows, ((0, 4), (0, 0))).astype(np.uint16)
         self._arrays = [device.put(each) for each in (tiles.begins, values, rows)]
         self.weights = tuple(each.data.ptr for each in self._arrays)
 
@@ -94,11 +91,10 @@ class TileLoop:
         """Put all steps of layer k on the stream; see `TensorLayer.enqueue`."""
         steps, batch, device = buffers.steps, buffers.batch, self.device
         pairs, clusters, columns = self.plan.pairs, self.plan.clusters(batch), TILE * self.w_in.count
-        spare = device.multiprocessors - clusters * self.plan.blocks
-        overlap = spare >= SPARE * device.multiprocessors
+        spare = spare_multiprocessors(self.plan, batch, device.multiprocessors)
         # The drives of a chunk are computed while the time loop reads those of the chunk before from another buffer.
-        count = 2 if overlap else 1
-        parts = chunks(steps, max(1, DRIVE_BYTES // (4 * pairs * clusters * columns)), overlap)
+        count = 2 if spare else 1
+        parts = chunks(steps, max(1, DRIVE_BYTES // (4 * pairs * clusters * columns)), spare > 0)
         shape = max(map(len, parts)) * clusters, columns, pairs
         drives = [buffers.scratch(("drives", k, part), shape, np.int32) for part in range(min(count, len(parts)))]
         if k == 0:
@@ -117,13 +113,13 @@ class TileLoop:
             self._enqueue_steps(buffers, k, own, drive, after, sent, counts, status)
             if part + 1 == len(parts):
                 return
-            if not overlap:
+            if not spare:
                 enqueue_drives(part + 1)
                 continue
             # The time loop was launched before, so that its clusters find their multiprocessors free.
             stream, queue = self._side
             queue.wait_event(free)
-            enqueue_drives(part + 1, most=spare // SIDE_PARTS, stream=stream)
+            enqueue_drives(part + 1, most=spare, stream=stream)
             device.queue.wait_event(queue.record())
 
     @cached_property
@@ -182,7 +178,8 @@ class TileLoop:
 
     def _run_clusters(self, clusters: int, arguments: tuple[int, ...]) -> None:
         plan, device = self.plan, self.device
-        options = self.precision, plan.blocks, plan.pairs, plan.held, plan.senders, self.clocks is not None
+        sizes = plan.blocks, plan.pairs, plan.own_pairs, plan.held, plan.held_tiles, plan.senders
+        options = self.precision, *sizes, self.clocks is not None
         make = partial(tensor_cluster_kernel, *options)
         kernel = device.kernel(("tensor_cluster", *options), make, plan.threads)
         device.launch(kernel, clusters * plan.blocks, plan.threads, *arguments, shared=plan.shared, cluster=plan.blocks)

@@ -387,7 +387,6 @@ def instruction(text: str, constraints: str, result, *arguments, pure: bool = Fa
         3: lambda typingctx, a, b, c: (signature, generate),
         4: lambda typingctx, a, b, c, d: (signature, generate),
         5: lambda typingctx, a, b, c, d, e: (signature, generate),
-        6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
         10: lambda typingctx, a, b, c, d, e, f, g, h, i, j: (signature, generate),
     }
     return intrinsic(makers[len(arguments)])
@@ -501,6 +500,9 @@ load_shared_float2 = _shared_load(FLOAT, types.float32, 2)
 
 #: shared address -> uint16 as int32
 load_shared_uint16 = _shared_load(I16, types.int32, widened=True)
+
+#: shared address, a multiple of 8 -> two int32
+load_shared2 = _shared_load(I32, types.int32, 2)
 
 #: shared address, a multiple of 16 -> four int32
 load_shared4 = _shared_load(I32, types.int32, 4)

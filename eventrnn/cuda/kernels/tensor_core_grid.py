@@ -56,7 +56,7 @@ from eventrnn.cuda.kernels.ptx import (
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.kernels.tensor_core_cells import FLOAT16_MAX
-from eventrnn.cuda.kernels.tensor_core_cluster import STEP_BYTES, TILE, ZERO, cell_before_event, make_hold
+from eventrnn.cuda.kernels.tensor_core_pieces import STEP_BYTES, TILE, ZERO, cell_before_event, make_hold
 from eventrnn.cuda.kernels.tensor_core_ptx import (
     MULTIPLY,
     PACK,

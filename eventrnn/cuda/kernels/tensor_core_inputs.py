@@ -5,14 +5,14 @@ receives in one step: the inputs of at most SAMPLES samples. Group number t * cl
 in step t. Arguments named `*_at` are byte addresses.
 
 Block : some neighbouring groups at a time, whose inputs it lays out as columns in shared memory.
-Warp  : every `warps`-th tile of the columns of the weights.
+Warp  : neighbouring tiles of the columns of the weights.
 
 ============ ======== ==========================================================================================
 array        memory   shape, dtype, contents
 ============ ======== ==========================================================================================
 begins       global   (tiles + 1,) int64, where the steps of each tile begin
-values       global   (steps + 2, 32, 4) int32, weights as fragments (`tensor_core_ptx.py`)
-rows         global   (steps + 2, TILE) uint16, the inputs of each step
+values       global   (steps + 4, 32, 4) int32, weights as fragments (`tensor_core_ptx.py`)
+rows         global   (steps + 4, TILE) uint16, the inputs of each step
 drive        global   (groups, TILE * tiles, pairs) int32, pairs of rounded products
 x            shared   (groups of the block, inputs + 1, SAMPLES) rounded; the last row, and samples that the cluster
                       does not have, are zero
@@ -39,7 +39,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_uint16,
 )
 from eventrnn.cuda.kernels.tensor_core_cells import FLOAT16_MAX
-from eventrnn.cuda.kernels.tensor_core_cluster import ROW_BYTES, STEP_BYTES, TILE, UNITS_BYTES, ZERO
+from eventrnn.cuda.kernels.tensor_core_pieces import ROW_BYTES, STEP_BYTES, TILE, UNITS_BYTES, ZERO
 from eventrnn.cuda.kernels.tensor_core_ptx import MULTIPLY, PACK, load_readonly_words, load_two_columns
 from eventrnn.cuda.tables import STATUS_LARGE
 
@@ -200,37 +200,46 @@ def drives_kernel(precision: str, own_groups: int, dense: bool):
         first, large = int64(own_groups) * int64(cuda.blockIdx.x), False
         while first < groups:
             source = source_0, source_1, source_2, source_3
-            there = fill(*source, row_0, first, groups, batch, 2 * pairs, clusters, inputs, thread, threads)
-            large = large or there
+            found = fill(*source, row_0, first, groups, batch, 2 * pairs, clusters, inputs, thread, threads)
+            large = large or found
             cuda.syncthreads()
-            tile = int64(warp)
-            while tile < tiles:
+            tile, last_tile = tiles * int64(warp) // warps, tiles * int64(warp + 1) // warps
+            values = values_at + STEP_BYTES * begins[tile] + 16 * int64(lane)
+            rows = rows_at + UNITS_BYTES * begins[tile] + 2 * int64(lane)
+            # What two steps read is loaded while the four before them are multiplied, also beyond the end of a tile,
+            # where the next one begins. Four steps follow the last tile.
+            next_row = load_readonly_uint16(rows)
+            f0, f1, f2, f3 = load_readonly_words(values)
+            g0, g1, g2, g3 = load_readonly_words(values + STEP_BYTES)
+            later_row = load_readonly_uint16(rows + 2 * UNITS_BYTES)
+            h0, h1, h2, h3 = load_readonly_words(values + 2 * STEP_BYTES)
+            i0, i1, i2, i3 = load_readonly_words(values + 3 * STEP_BYTES)
+            end, to = begins[tile], own_drive + row_size * TILE * (tiles * first + tile)
+            while tile < last_tile:
                 for k in range(numbers):
                     sums[k] = ZERO
-                step, left = begins[tile], int32(begins[tile + 1] - begins[tile])
-                values = values_at + STEP_BYTES * step + 16 * int64(lane)
-                rows = rows_at + UNITS_BYTES * step + 2 * int64(lane)
-                # What two steps read is loaded while those before them are multiplied; two steps follow the last tile.
-                next_row = load_readonly_uint16(rows)
-                f0, f1, f2, f3 = load_readonly_words(values)
-                g0, g1, g2, g3 = load_readonly_words(values + STEP_BYTES)
+                step, end = end, begins[tile + 1]
+                left = int32(end - step)
                 while left > 0:
                     # A tile has an even number of steps.
                     row = int32(x_at + int32(ROW_BYTES) * next_row)
                     a0, a1, a2, a3 = f0, f1, f2, f3
                     e0, e1, e2, e3 = g0, g1, g2, g3
+                    next_row = later_row
+                    f0, f1, f2, f3 = h0, h1, h2, h3
+                    g0, g1, g2, g3 = i0, i1, i2, i3
                     left, values, rows = int32(left - 2), values + 2 * STEP_BYTES, rows + 2 * UNITS_BYTES
-                    next_row = load_readonly_uint16(rows)
-                    f0, f1, f2, f3 = load_readonly_words(values)
-                    g0, g1, g2, g3 = load_readonly_words(values + STEP_BYTES)
+                    later_row = load_readonly_uint16(rows + 2 * UNITS_BYTES)
+                    h0, h1, h2, h3 = load_readonly_words(values + 2 * STEP_BYTES)
+                    i0, i1, i2, i3 = load_readonly_words(values + 3 * STEP_BYTES)
                     add(sums, row, size, a0, a1, a2, a3, e0, e1, e2, e3)
-                to = own_drive + row_size * TILE * (tiles * first + tile)
+                there = to
                 for k in range(own_groups):
                     if pair < pairs and first + k < groups:
-                        global_int32(to)[0] = pack(sums[4 * k], sums[4 * k + 1])
-                        global_int32(to + 8 * row_size)[0] = pack(sums[4 * k + 2], sums[4 * k + 3])
-                    to += row_size * TILE * tiles
-                tile += warps
+                        global_int32(there)[0] = pack(sums[4 * k], sums[4 * k + 1])
+                        global_int32(there + 8 * row_size)[0] = pack(sums[4 * k + 2], sums[4 * k + 3])
+                    there += row_size * TILE * tiles
+                tile, to = tile + 1, to + row_size * TILE
             # No warp lays out the next inputs while another one reads these.
             cuda.syncthreads()
             first += int64(own_groups) * int64(cuda.gridDim.x)

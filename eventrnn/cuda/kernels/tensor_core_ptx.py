@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from numba import types
 
-from eventrnn.cuda.kernels.ptx import INT, MEMORY, NOTHING, instruction, store_async
+from eventrnn.cuda.kernels.ptx import INT, MEMORY, NOTHING, instruction
 
 #: the types of the instructions by precision
 _KINDS = {"float16": "f16", "bfloat16": "bf16"}
@@ -76,6 +76,9 @@ store_shared_float2 = instruction(
     "st.shared.v2.f32 [$0], {$1, $2};", f"r,f,f,{MEMORY}", NOTHING, INT, types.float32, types.float32
 )
 
+#: shared address and a word
+store_shared_word = instruction("st.shared.b32 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
 #: address, a multiple of 16: four words of global memory that are read-only during the kernel
 load_readonly_words = instruction(
     "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", types.UniTuple(types.int32, 4), types.int64
@@ -109,19 +112,3 @@ fence_copies = instruction("fence.proxy.async.shared::cta;", MEMORY, NOTHING)
 
 #: tanh within a relative error of 2^-11, in one instruction
 tanh_approx = instruction("tanh.approx.f32 $0, $1;", "=f,f", types.float32, types.float32, pure=True)
-
-#: by the number of words: shared address in a block of the cluster, a multiple of the size, the words, and the barrier of
-#: that block, which counts their bytes
-STORE_ASYNC = {1: store_async} | {
-    count: instruction(
-        f"st.async.shared::cluster.mbarrier::complete_tx::bytes.v{count}.b32 [$0], "
-        + "{" + ", ".join(f"${k + 1}" for k in range(count)) + "}" + f", [${count + 1}];",
-        f"r,{'r,' * count}r,{MEMORY}",
-        NOTHING,
-        *[INT] * (count + 2),
-    )
-    for count in (2, 4)
-}
-
-#: shared address, a multiple of 8, of a block of the own cluster -> two words
-load_shared2 = instruction("ld.shared.v2.b32 {$0, $1}, [$2];", f"=r,=r,r,{MEMORY}", types.UniTuple(types.int32, 2), INT)
