@@ -38,7 +38,9 @@ OTHERS = {
     "tensor grid": lambda m: m.tensor_core_grid.tensor_grid_kernel("bfloat16", 2, 3, 4),
     "drives of rows": lambda m: m.tensor_core_inputs.drives_kernel("bfloat16", 2, True),
     "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 2, 6, 2, 2),
-    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("float16", 1, 1, 1, 0, 0, 1, True),
+    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel(
+        "float16", 1, 1, 1, 0, 0, 1, True
+    ),
     "cells, tf32": lambda m: m.tensor_core_cells.cells_kernel("tf32"),
 }
 

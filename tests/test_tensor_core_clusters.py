@@ -8,10 +8,18 @@ import pytest
 from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import tensor_core_loop, tensor_core_tiles
-from eventrnn.cuda.kernels.tensor_core_pieces import ROW_BYTES, TILE
+from eventrnn.cuda.kernels.tensor_core_pieces import TILE
 from eventrnn.cuda.plan import Chip
 from eventrnn.cuda.tensor_core_loop import chunks
-from eventrnn.cuda.tensor_core_tiles import Share, TilePlan, Tiles, plan_tiles, shares, spare_multiprocessors, team_table
+from eventrnn.cuda.tensor_core_tiles import (
+    Share,
+    TilePlan,
+    Tiles,
+    plan_tiles,
+    shares,
+    spare_multiprocessors,
+    team_table,
+)
 from support import emulated_gpu
 from support.tensor_cores import check_bound, through_tensor_cores
 

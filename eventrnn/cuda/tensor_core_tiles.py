@@ -256,7 +256,9 @@ def tile_plan(tiles: Tiles, blocks: int, pairs: int, own_pairs: int = 1) -> Tile
     # A step that is held has four words of weights, and half a word for its rows.
     room = max(0, (registers - OWN_REGISTERS[own_pairs]) * 2 // 9)
     even = longest + longest % 2
-    options = [(min(even, room // count // 2 * 2), count) for count in range(1, min(-(-most // warps), MAX_HELD_TILES) + 1)]
+    options = [
+        (min(even, room // count // 2 * 2), count) for count in range(1, min(-(-most // warps), MAX_HELD_TILES) + 1)
+    ]
     held, held_tiles = max(options, key=lambda each: each[0] * each[1])
     shared = layout(tiles, blocks, pairs, held, held_tiles * warps)[1]
     return TilePlan(blocks, pairs, own_pairs, LANES * warps, held, held_tiles, shared, SENDERS)

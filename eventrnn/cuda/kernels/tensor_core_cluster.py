@@ -332,12 +332,10 @@ def tensor_cluster_kernel(
             cuda.syncwarp(0xFFFFFFFF)
             row_at = int32(y_at + odd * part_size) if whole else y_at
             if not whole and t > 0:
-                own_row, unit_of_thread = int32(base + parts_at + odd * part_size), thread
-                while unit_of_thread < n:
-                    lay_out(
-                        int32(own_row + int32(part_row) * unit_of_thread), int32(y_at + int32(ROW_BYTES) * unit_of_thread)
-                    )
-                    unit_of_thread = int32(unit_of_thread + threads)
+                part, laid = int32(base + parts_at + odd * part_size), thread
+                while laid < n:
+                    lay_out(int32(part + int32(part_row) * laid), int32(row_at + int32(ROW_BYTES) * laid))
+                    laid = int32(laid + threads)
                 cuda.syncthreads()
             waits_done = cycles()
             tables_at = tiles_at, lane_values, lane_units, row_at, lane_sums, column < pairs
@@ -367,7 +365,7 @@ def tensor_cluster_kernel(
                 if has_3 and c3 > threshold:
                     y3, c3 = c3, c3 - threshold
                 store_pairs(int32(own_part + int32(1 - odd) * part_size), pack(y0, y1), pack(y2, y3))
-                large = large or max(max(abs(y0), abs(y1)), max(abs(y2), abs(y3))) > limit
+                large = large or max(abs(y0), abs(y1), abs(y2), abs(y3)) > limit
                 events = int32(events + int32(y0 != 0) + int32(y1 != 0) + int32(y2 != 0) + int32(y3 != 0))
                 ones = int32(ones + int32(y0 == 1) + int32(y1 == 1) + int32(y2 == 1) + int32(y3 == 1))
             if int32(t + 1) < steps32 and team_threads > 0:
