@@ -37,6 +37,9 @@ CASES = [
 # With exact=False, layers whose weights lie in the shared memory of a cluster go through tensor cores.
 CASES += [BLOCKS | {"hidden": hidden, "batch": 64, "exact": False} for hidden in (1350, 1024, 768, 512)]
 CASES += [BLOCKS | {"hidden": hidden, "batch": 16, "exact": False} for hidden in (1024, 1344)]
+CASES += [
+    {"format": "dense", "hidden": hidden, "batch": batch, "exact": False} for hidden in (1344, 1536) for batch in (1, 8)
+]
 STEPS, REPEATS = 1000, 9
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eventrnn.bench.networks import at_activity, random_events, random_network
-from eventrnn.cuda import CudaBackend, cluster_plan, tables, tensor_core_tiles
+from eventrnn.cuda import CudaBackend, cluster_plan, tables, tensor_core_loop, tensor_core_tiles
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES
 from eventrnn.cuda.plan import Plan
 from eventrnn.network import Network
@@ -91,6 +91,7 @@ def main(
     records = Records(results, KEY)
     records.device = current_device().name
     cluster_plan.CLUSTER_WARPS = warps
+    tensor_core_loop.FIRST_STEPS = STEPS
     table = Table("units", "blocks", "warps", "µs", "clocked", *PHASES, *(f"{name}, slowest" for name in PHASES))
     for units in hidden or SIZES:
         rng = np.random.default_rng(0)

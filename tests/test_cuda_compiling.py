@@ -34,11 +34,13 @@ OTHERS = {
     "densify": lambda m: m.tensor_core_cells.densify_kernel("bfloat16"),
     "round_rows": lambda m: m.tensor_core_cells.round_rows_kernel("bfloat16"),
     "cells, bfloat16": lambda m: m.tensor_core_cells.cells_kernel("bfloat16"),
-    "scatter": lambda m: m.tensor_core_inputs.scatter_kernel("float16"),
-    "columns": lambda m: m.tensor_core_inputs.columns_kernel("bfloat16"),
-    "drives": lambda m: m.tensor_core_inputs.drives_kernel("float16"),
-    "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 6),
-    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("float16", 1, 1, 0, True),
+    "drives": lambda m: m.tensor_core_inputs.drives_kernel("float16", 8, False),
+    "tensor grid": lambda m: m.tensor_core_grid.tensor_grid_kernel("bfloat16", 2, 3, 4),
+    "drives of rows": lambda m: m.tensor_core_inputs.drives_kernel("bfloat16", 2, True),
+    "tensor cluster": lambda m: m.tensor_core_cluster.tensor_cluster_kernel("bfloat16", 3, 4, 2, 6, 2, 2),
+    "tensor cluster of one block": lambda m: m.tensor_core_cluster.tensor_cluster_kernel(
+        "float16", 1, 1, 1, 0, 0, 1, True
+    ),
     "cells, tf32": lambda m: m.tensor_core_cells.cells_kernel("tf32"),
 }
 

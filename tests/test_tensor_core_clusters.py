@@ -8,21 +8,33 @@ import pytest
 from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import tensor_core_loop, tensor_core_tiles
-from eventrnn.cuda.kernels.tensor_core_cluster import TILE
+from eventrnn.cuda.kernels.tensor_core_pieces import TILE
 from eventrnn.cuda.plan import Chip
-from eventrnn.cuda.tensor_core_tiles import Tiles, plan_tiles, shares
+from eventrnn.cuda.tensor_core_loop import chunks
+from eventrnn.cuda.tensor_core_tiles import (
+    Share,
+    TilePlan,
+    Tiles,
+    plan_tiles,
+    shares,
+    spare_multiprocessors,
+    team_table,
+)
 from support import emulated_gpu
 from support.tensor_cores import check_bound, through_tensor_cores
 
 
-def install(monkeypatch, blocks: int):
-    """An emulated GPU on which two clusters of `blocks` blocks are resident, and none of another size."""
+def install(monkeypatch, blocks: int, own_pairs: int = 1):
+    """An emulated GPU on which two clusters of `blocks` blocks are resident, and none of another size.
+
+    own_pairs : pairs of samples per thread in the cell update
+    """
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     device = emulated_gpu.install(monkeypatch)
     monkeypatch.setattr(tensor_core_loop, "DRIVE_THREADS", 64)
-    monkeypatch.setattr(tensor_core_tiles, "TILE_WARPS", 2)
-    # Registers of a thread for two steps of weights.
-    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", 239)
+    monkeypatch.setattr(tensor_core_tiles, "TILE_WARPS", {1: 2, 2: 1})
+    # Registers of a thread for two steps of weights; with two pairs of samples per thread, for two steps of two tiles.
+    monkeypatch.setattr(tensor_core_tiles, "OWN_REGISTERS", {own_pairs: {1: 239, 2: 230}[own_pairs]})
     monkeypatch.setattr(type(device), "clusters", lambda self, size: 2 if size == blocks else 0)
     return device
 
@@ -71,7 +83,7 @@ def test_rows_that_are_loaded_together_lie_in_different_banks():
 def test_plans_keep_the_limits_of_the_chip(batch):
     chip = Chip(132, 232_448, {1: 132, 2: 66, 8: 15, 9: 9, 16: 7})
     tiles = Tiles.of(words_of(np.random.default_rng(0), 333, 333, 0.1))
-    plan = plan_tiles(tiles, batch, chip)
+    plan = plan_tiles(tiles, 20, batch, chip)
     assert plan.shared <= chip.shared_bytes and plan.threads <= 1024 and plan.held % 2 == 0
     assert 2 * plan.pairs * plan.clusters(batch) >= batch
     each = shares(tiles.units, plan.blocks)
@@ -83,28 +95,75 @@ def test_plans_keep_the_limits_of_the_chip(batch):
             assert owned.start * TILE <= first and first + share.count <= owned.stop * TILE
 
 
+@pytest.mark.parametrize(("senders", "pairs"), [(1, 4), (2, 1), (4, 2)])
+def test_teams_have_all_outputs_of_a_block_once(senders, pairs):
+    sizes = {"blocks": 3, "pairs": pairs, "own_pairs": 1, "held": 0, "held_tiles": 0, "shared": 0}
+    plan = TilePlan(**sizes, threads=512, senders=senders)
+    teams, rows = team_table(Share(48, 70, ()), plan), []
+    for warp in range(0, 16, senders):
+        first, size, threads, number = teams[warp]
+        assert threads == 32 * -(-size // 4 // 32) and number == 1 + warp // senders
+        # Warps without cells do not wait for the team.
+        assert teams[warp : warp + senders, 2].tolist() == [threads * (k < threads // 32) for k in range(senders)]
+        rows += range(first, first + size, 4 * pairs)
+    assert rows[:70] == [4 * pairs * unit for unit in range(48, 118)] and 4 * pairs * len(rows) - 280 * pairs < 16
+
+
+def test_input_products_of_many_weights_leave_them_multiprocessors():
+    chip, tiles = Chip(132, 232_448, {8: 15, 16: 7}), Tiles.of(words_of(np.random.default_rng(0), 512, 512, 0.05))
+    few, many = (plan_tiles(tiles, steps, 32, chip) for steps in (100, 10_000))
+    assert spare_multiprocessors(many, 32, 132) > spare_multiprocessors(few, 32, 132) > 0
+    assert spare_multiprocessors(many, 128, 132) == 0
+
+
 def test_no_plan_where_weights_do_not_fit_or_streams_are_too_many():
-    chip, tiles = Chip(132, 5_000, {1: 132, 2: 66}), Tiles.of(words_of(np.random.default_rng(0), 128, 128, 1.0))
-    assert plan_tiles(tiles, 4, chip) is None
-    assert plan_tiles(tiles, 4, Chip(132, 232_448, {})) is None
-    assert plan_tiles(tiles, 4, Chip(132, 232_448, {1: 132, 2: 66})) is not None
-    assert plan_tiles(tiles, 100_000, Chip(132, 232_448, {1: 132, 2: 66})) is None
+    chip, tiles = Chip(132, 4_000, {1: 132, 2: 66}), Tiles.of(words_of(np.random.default_rng(0), 128, 128, 1.0))
+    assert plan_tiles(tiles, 20, 4, chip) is None
+    assert plan_tiles(tiles, 20, 4, Chip(132, 232_448, {})) is None
+    assert plan_tiles(tiles, 20, 4, Chip(132, 232_448, {1: 132, 2: 66})) is not None
+    assert plan_tiles(tiles, 20, 100_000, Chip(132, 232_448, {1: 132, 2: 66})) is None
 
 
-# Two blocks; one block, whose tiles are held in part; three blocks, two clusters and a tile of two gates.
+# Two blocks; one block, whose tiles are held in part; three blocks, two clusters, a tile of two gates, teams of two.
 @pytest.mark.parametrize(
-    ("precision", "units", "batch", "blocks", "how"),
+    ("precision", "units", "batch", "blocks", "own_pairs", "senders", "how"),
     [
-        ("bfloat16", 21, 1, 2, {"block": (1, 8)}),
-        ("bfloat16", 24, 3, 1, {"format": "csr", "block": None, "sparsity": 0.0}),
-        ("float16", 40, 9, 3, {"block": (4, 4)}),
+        ("bfloat16", 21, 1, 2, 1, 1, {"block": (1, 8)}),
+        ("bfloat16", 24, 3, 1, 2, 1, {"format": "csr", "block": None, "sparsity": 0.0}),
+        ("float16", 40, 9, 3, 2, 1, {"block": (4, 4)}),
+        ("float16", 40, 9, 2, 1, 2, {"block": (4, 4)}),
     ],
 )
-def test_emulated_clusters_are_within_the_bound(monkeypatch, precision, units, batch, blocks, how):
-    device = install(monkeypatch, blocks)
+def test_emulated_clusters_are_within_the_bound(monkeypatch, precision, units, batch, blocks, own_pairs, senders, how):
+    device = install(monkeypatch, blocks, own_pairs)
+    monkeypatch.setattr(tensor_core_tiles, "SENDERS", senders)
     network, inputs = sparse(units, batch, 4, **how)
     check_bound(precision, network, inputs.to_dense(), clusters=True)
-    assert "tensor_cluster" in device.launched
+    assert device.launched.count("tensor_cluster") == device.launched.count("drives of tiles") == 1
+
+
+def test_input_products_side_by_side_with_the_steps_change_nothing(monkeypatch):
+    device, results = install(monkeypatch, 2), []
+    network, inputs = sparse(21, 3, 4, block=(1, 8))
+    for multiprocessors in (2, 64):
+        device.multiprocessors = multiprocessors
+        monkeypatch.setattr(tensor_core_loop, "FIRST_STEPS", 2)
+        device.launched.clear()
+        results.append(through_tensor_cores(network, 3).run(inputs, record=("states",)))
+        # Steps 0 and 1, then steps 2 and 3.
+        assert device.launched.count("tensor_cluster") == (2 if multiprocessors > 2 else 1)
+    assert np.array_equal(*(each.states[0] for each in results))
+
+
+def test_chunks_grow_up_to_the_longest():
+    def sizes(*asked):
+        found = chunks(*asked)
+        assert [step for part in found for step in part] == list(range(asked[0]))
+        return [len(part) for part in found]
+
+    assert sizes(1000, 1000, True) == [67, 134, 268, 531] and sizes(1000, 300, True) == [67, 134, 268, 266, 265]
+    assert sizes(90, 1000, True) == [90] and sizes(90, 40, True) == [30, 30, 30] and sizes(3, 1, True) == [1, 1, 1]
+    assert sizes(1000, 600, False) == [500, 500] and sizes(5, 8, False) == [5]
 
 
 def test_batch_sizes_share_the_weights_on_the_device(monkeypatch):
@@ -137,7 +196,7 @@ def test_clusters_on_a_gpu_go_on_where_a_state_stands(monkeypatch):
     network, inputs = sparse(300, 5, 40)
     whole = through_tensor_cores(network, 5).run(inputs, record=("events", "states"))
     # Several chunks of steps in one run, and several runs.
-    monkeypatch.setattr(tensor_core_loop, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(tensor_core_loop, "DRIVE_BYTES", 1 << 19)
     for lengths in ((40,), (1, 22, 17)):
         simulator, begin = through_tensor_cores(network, 5), 0
         for length in lengths:

@@ -28,10 +28,13 @@ from eventrnn.cpu.tables import (
     END,
     FEW_BLOCKS,
     IN,
+    IN_END,
     INDEX,
     ITEMSIZE,
     KIND,
     MASKED,
+    PARTIAL,
+    PARTIAL_END,
     PITCH,
     POINTERS,
     REC,
@@ -97,25 +100,37 @@ def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> li
     """
     batch, chunk = simulation.batch, engine.chunk_steps(simulation.batch)
     plan, received = engine.plan(simulation.steps, batch), events_by_matrix(network, simulation)
-    return [
-        _reads(plan, (int(layer[a]), int(layer[b])), received[f"layers.{k}.{name}"][1], rows, chunk * batch // rows)
-        for k, layer in enumerate(plan.layers)
-        for a, b, name, rows in (
-            (IN, REC, "w_in", chunk * batch),
-            (REC, REC_GATED, "w_rec", batch),
-            (REC_GATED, END, "w_rec", batch),
-        )
-        if layer[a] != layer[b]
-    ]
+    total, found = simulation.steps * batch, []
+    for k, layer in enumerate(plan.layers[:-1]):
+        # Drive rows before a partial chunk with a kernel of its own.
+        whole = total if layer[PARTIAL] == layer[IN] else total - total % (chunk * batch)
+        spans = [
+            (IN, IN_END, "w_in", chunk * batch, range(whole)),
+            (PARTIAL, PARTIAL_END, "w_in", chunk * batch, range(whole, total)),
+            (REC, REC_GATED, "w_rec", batch, range(total)),
+            (REC_GATED, END, "w_rec", batch, range(total)),
+        ]
+        for first, last, name, rows, within in spans:
+            if layer[first] != layer[last] and within:
+                events, per_chunk = received[f"layers.{k}.{name}"][1], chunk * batch // rows
+                found.append(_reads(plan, (int(layer[first]), int(layer[last])), events, rows, per_chunk, within))
+    return found
 
 
-def _reads(plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chunk: int) -> Reads:
+def _reads(
+    plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chunk: int, within: range | None = None
+) -> Reads:
+    """The rows read by groups of so many drive rows; those not `within` some drive rows (default: all) read none."""
     total, units = events.shape[0] * events.shape[1], events.shape[2]
+    some = range(total) if within is None else within
     windows = [window for part in plan.column_tiles for window in part[slice(*span)]]
     kind = windows[0][KIND]
     groups = []
     for at in range(0, total, rows):
         last = min(at + rows, total)
+        if at not in some:
+            groups.append(np.zeros(0, np.int32))
+            continue
         sent = events.indices[events.indptr[at] : events.indptr[last]]
         if kind == ROW_TILES and len(sent) >= windows[0][DENSE_FROM] * (last - at):
             sent = np.arange(units, dtype=np.int32)

@@ -126,8 +126,18 @@ class Crossover:
         lines = [_line(x, LOG_ACTIVITY, line) for line in self._logs[key]]
         return _line(math.log(rows), LOG_ROWS[_rows(key.partition("/")[0])], lines)
 
+    @cached_property
+    def _thresholds(self) -> dict[int, float]:
+        """What `dense_activity_threshold` has found: a search costs a millisecond, and every run asks."""
+        return {}
+
     def dense_activity_threshold(self, rows: int) -> float:
         """Activity from which visiting every unit is faster than visiting the active ones; 2 if there is none."""
+        if rows not in self._thresholds:
+            self._thresholds[rows] = self._find_threshold(rows)
+        return self._thresholds[rows]
+
+    def _find_threshold(self, rows: int) -> float:
         shape = (UNITS[-1], 3 * UNITS[-1])
         every = self.seconds("every", shape, rows, 1.0)
         for share in np.geomspace(0.05, 1.0, 40):

@@ -12,10 +12,10 @@ results are therefore the same bits for every number of threads. Kernels allocat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -29,7 +29,16 @@ from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.time_loop import run, run_address, step, step_of_symbols
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import check_format
-from eventrnn.cpu.plan import BLAS_PRODUCT, KernelPolicy, Layout, Plan, fixed_kernel, workspace
+from eventrnn.cpu.plan import (
+    BLAS_PRODUCT,
+    KernelPolicy,
+    Layout,
+    PackedWeights,
+    Plan,
+    Selected,
+    fixed_kernel,
+    workspace,
+)
 from eventrnn.cpu.silence import silent_steps
 from eventrnn.cpu.stepper import Stepper
 from eventrnn.cpu.tables import (
@@ -43,7 +52,7 @@ from eventrnn.cpu.tables import (
 )
 from eventrnn.cpu.threads import Team
 from eventrnn.state import FireCounts, InputKind, Inputs, State, Trace
-from eventrnn.weights import Dense, GatedBlocks, MatrixId
+from eventrnn.weights import Dense, GatedBlocks, MatrixId, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -59,8 +68,14 @@ LONGEST_CHUNK = 64
 # which at most a share `QUIET` of the rows had events. In silence selecting takes longer than the steps.
 RECHECK, LONGEST_RECHECK, QUIET = 16, 256, 1 / 16
 
-# Plans that an engine keeps; each holds a copy of the weights.
-MOST_PLANS = 4
+# Stored weights of a matrix from which a partial chunk may have another kernel than whole ones. Measured on one Ice
+# Lake core: with kernels of their own for the last 10 of 73 steps, 1350 units with 2:4 weights took 1.08 to 1.10 times
+# less time, and 512 dense units with 2 of 66 steps 1.05 times. In runs of 64 units a second selection cost more than
+# it saved.
+PARTIAL_FROM = 1 << 18
+
+# Copies of the packed weights that an engine keeps, each for other kernels.
+MOST_PACKED = 4
 
 # Events per unit and step that are assumed until some were counted: typical of published networks. Units without a
 # threshold send an event at every step.
@@ -96,13 +111,24 @@ class CpuBackend:
         return CpuEngine(network, threads, KernelPolicy(self.exact))
 
 
+class _Product(NamedTuple):
+    """What an engine knows of a matrix."""
+
+    name: str
+    weights: Weights
+    recurrent: bool
+    sender: int  # where `CpuEngine.activity` has the activity of its senders
+    fixed: Selected | None  # the kernel that no policy selects
+
+
 class CpuEngine:
     """A network packed for `kernels/time_loop.py`. Its scratch arrays are kept, so an engine serves one run at a time.
 
     A run that a second thread starts meanwhile waits. A copy of an engine packs the weights again.
 
     `policy` selects the kernel of each product from its number of drive rows and the activity of its senders so far; it
-    is consulted again after every `RECHECK` chunks of time. Each combination of kernels is packed at its first use.
+    is consulted again after every `RECHECK` chunks of time. Each combination of kernels is packed at its first use. The
+    first run of an engine may be its only one, and packs no second kernel for a partial chunk at its end.
     """
 
     dense = False
@@ -116,7 +142,7 @@ class CpuEngine:
         self.host_inputs = HostInputs(network)
         self.units = [layer.units for layer in network.layers]
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
-        self.plans: dict[tuple, Plan] = {}
+        self.plans: dict[tuple[Selected, ...], Plan] = {}
         self.layout = Layout(network, threads)
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
         self.drive_pitch = self.layout.drive_pitch
@@ -134,12 +160,13 @@ class CpuEngine:
         usual = [USUAL_ACTIVITY if layer.cell.thresholded else 1.0 for layer in network.layers]
         self.activity = [1 / max(1, network.layers[0].inputs) if network.one_hot else USUAL_ACTIVITY, *usual]
         self._measured = False
-        # Of each matrix: its name, the weights, whether it is recurrent, where the activity of its senders is, and the
-        # kernel that no policy selects. Every run reads this, also one of a few steps.
+        # Every run reads this, also one of a few steps.
         self._products = [
-            (name, w, MatrixId(name).recurrent, self._sender(MatrixId(name)), fixed_kernel(network, name, w))
+            _Product(name, w, MatrixId(name).recurrent, self._sender(MatrixId(name)), fixed_kernel(network, name, w))
             for name, w in network.matrices().items()
         ]
+        # Those that may have another kernel for a partial chunk.
+        self._large = [each for each in self._products if not each.recurrent and each.weights.stored >= PARTIAL_FROM]
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables and steppers hold addresses, so a copy is made anew.
@@ -148,19 +175,39 @@ class CpuEngine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         CpuEngine.__init__(self, **state)
 
-    def plan(self, steps: int, batch: int) -> Plan:
-        """The weights packed with the kernels that the policy selects for so many steps and samples."""
-        many, kernels, thresholds = min(steps, self.chunk_steps(batch)) * batch, {}, {}
-        for name, weights, recurrent, sender, fixed in self._products:
-            rows = batch if recurrent else many
-            kernels[name] = fixed or self.policy.select_kernel(weights, rows, self.activity[sender])
-            thresholds[name] = self.policy.dense_activity_threshold(rows)
-        key = (*kernels.values(), *thresholds.values())
+    def plan(self, steps: int, batch: int, *, partial: bool = True) -> Plan:
+        """The weights packed with the kernels that the policy selects for a run of so many steps and samples.
+
+        A run that is no whole number of chunks ends with a partial one, which has fewer drive rows. The policy may
+        select other kernels for so few; `partial=False` does without them.
+        """
+        chunk = self.chunk_steps(batch)
+        whole, left = self._selected(self._products, min(steps, chunk), batch), steps % chunk if steps > chunk else 0
+        at_the_end, key = whole, (*whole.values(),)
+        if left and partial and self._large:
+            fewer = self._selected(self._large, left, batch)
+            at_the_end = whole | {name: each for name, each in fewer.items() if each.kernel != whole[name].kernel}
+            key += (*at_the_end.values(),)
         if key not in self.plans:
-            while len(self.plans) >= MOST_PLANS:
-                del self.plans[next(iter(self.plans))]
-            self.plans[key] = Plan(self.network, self.layout, kernels, thresholds, product_address, update_addresses)
+            kernels = {name: tuple(dict.fromkeys((each, at_the_end[name]))) for name, each in whole.items()}
+            packed = next((kept.packed for kept in self.plans.values() if kept.packed.serves(kernels)), None)
+            self.plans[key] = Plan(self.network, packed or self._pack(kernels), whole, at_the_end, update_addresses)
         return self.plans[key]
+
+    def _selected(self, products: Sequence[_Product], steps: int, batch: int) -> dict[str, Selected]:
+        """The kernels of some matrices for the drive rows of so many steps and samples."""
+        return {
+            name: fixed or self.policy.select(weights, batch if recurrent else steps * batch, self.activity[sender])
+            for name, weights, recurrent, sender, fixed in products
+        }
+
+    def _pack(self, kernels: Mapping[str, Collection[Selected]]) -> PackedWeights:
+        """The weights packed for these kernels. Plans of weights that these replace, or too many, are dropped first."""
+        new = {(name, each) for name, selected in kernels.items() for each in selected}
+        kept = {id(plan.packed): plan.packed for plan in self.plans.values()}
+        left = [each for each in kept.values() if not each.spans.keys() <= new][1 - MOST_PACKED :]
+        self.plans = {key: plan for key, plan in self.plans.items() if plan.packed in left}
+        return PackedWeights(self.network, self.layout, kernels, product_address)
 
     def chunk_steps(self, batch: int) -> int:
         """Time steps of a chunk, which go through a layer together."""
@@ -219,8 +266,6 @@ class CpuEngine:
             self.threshold,
             *self.silent_steps,
             self.share_rows,
-            plan.readout,
-            self.layout.bias_begins[-1],
             self.layout.unit_bounds,
             self.layout.drive_begins,
             self.drive_pitch,
@@ -243,21 +288,25 @@ class CpuEngine:
         buffers, held, paths = self._buffers(inputs.batch), self.layout.held, []
         held.give(state, buffers.workspace, inputs.batch)
         # The first chunk of an engine tells how active its units are; a later run begins with what was measured before.
-        begin, ahead, chunks, sent = 0, RECHECK * self.chunk if self._measured else self.chunk, RECHECK, 0
+        again, chunks = self._measured, RECHECK
+        begin, ahead, sent = 0, RECHECK * self.chunk if again else self.chunk, 0
         while begin < inputs.steps:
             end = min(inputs.steps, begin + ahead)
             whole = begin == 0 and end == inputs.steps
             received, busy = self._received(inputs if whole else inputs.chunk(begin, end))
-            plan = self.plan(end - begin, inputs.batch)
+            plan = self.plan(inputs.steps, inputs.batch, partial=again)
+            used = [plan.kernel_by_matrix]
+            if plan.has_partial and end == inputs.steps:
+                used.append(plan.kernel_at_the_end)
             size = RunSize(inputs.steps, begin, end, inputs.batch, self.chunk)
-            with_blas = BLAS_PRODUCT in plan.kernel_by_matrix.values()
+            with_blas = any(BLAS_PRODUCT in each.values() for each in used)
             plan.forget_faults()
             self._run(with_blas, self._tables(plan), received, size, buffers, c, y, outputs)
             plan.check_gates()
             fired = [int(each.sum()) for each in self._by_layer(outputs.graded + outputs.binary)]
             self.activity[1:] = [count / (end * inputs.batch * n) for count, n in zip(fired, self.units, strict=True)]
             self._measured = True
-            paths.append(plan.kernel_by_matrix)
+            paths += used
             sent_before, sent = sent, sum(fired)
             quiet = busy + sent - sent_before <= QUIET * (end - begin) * inputs.batch
             # Numbers become events stretch by stretch, and may be many in the next one.
@@ -334,8 +383,6 @@ class CpuEngine:
             step_table.DRIVE_PITCH: self.drive_pitch,
             step_table.N_LAYERS: len(self.units),
             step_table.N_COLUMN_TILES: plan.column_tiles.shape[1],
-            step_table.READOUT: plan.readout,
-            step_table.READOUT_BIAS: layout.bias_begins[-1],
             step_table.SHARE_ROWS: self.share_rows,
             step_table.RUN: run_address(),
         }

@@ -1,13 +1,15 @@
 """The weights of a network, packed for its threads, and the selection of a kernel for each matrix.
 
-A `Layout` partitions the units over the threads. A `Plan` packs the weights for that layout, with one kernel selected
-for each matrix by a `KernelPolicy`. Tables and records are those of `tables.py`; `packing.py` packs a matrix.
+A `Layout` partitions the units over the threads. `PackedWeights` are the weights packed for that layout, each matrix
+for one or more kernels. A `Plan` says which of these a run uses: the kernel that a `KernelPolicy` selects for each
+matrix, and perhaps another one for the last chunk of time, which may be shorter. Tables and records are those of
+`tables.py`; `packing.py` packs a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,6 +31,7 @@ from eventrnn.cpu.packing import (
     takes_strips,
 )
 from eventrnn.cpu.tables import (
+    BIAS_IN,
     BLAS,
     FAULT,
     FIELDS,
@@ -36,11 +39,14 @@ from eventrnn.cpu.tables import (
     GATED,
     GATED_ROWS,
     HIGH,
+    IN,
     IN_PLACE,
+    INPUTS,
     INTEGER_BLOCKS,
     KERNEL,
     KIND,
     LOW,
+    PARTIAL_END,
     POINTERS,
     RANGE_UNITS,
     ROW_TILE,
@@ -50,6 +56,7 @@ from eventrnn.cpu.tables import (
     SMALL_PANEL_BITS,
     STORAGE,
     STRIPS,
+    UNITS,
     WeightPools,
     Workspace,
 )
@@ -90,6 +97,17 @@ FILL, MOVE, ADD, EACH_ROW = 0.08, 1.0, 0.055, 0.0036
 # two ranges and 10 terms, 3.45 us and 2.92 us; 1,350 units in int8, three ranges and 6.8 terms, 3.9 us and 4.8 us.
 # Layers with larger matrices gained nothing.
 STRIP_BYTES, STRIP_TERMS = 1 << 19, 3.5
+
+
+class Selected(NamedTuple):
+    """A kernel that was selected for a matrix.
+
+    kernel     : one of `KERNELS`, `LOOK_UP` or `INTEGERS`
+    dense_from : activity from which a tiled product of dense weights visits every unit; 0 for other products
+    """
+
+    kernel: str
+    dense_from: float = 0.0
 
 
 def shares_single(weights: Weights, rows: int, activity: float) -> bool:
@@ -143,12 +161,19 @@ class KernelPolicy:
             return TILED if shares_single(weights, rows, activity) else FORMAT
         return block_kernel(weights, rows, activity)
 
+    def select(self, weights: Weights, rows: int, activity: float) -> Selected:
+        """What `select_kernel` selects, and its dense activity threshold."""
+        kernel = self.select_kernel(weights, rows, activity)
+        if kernel == DENSIFIED_TILED or (kernel == TILED and isinstance(weights, Dense)):
+            return Selected(kernel, self.dense_activity_threshold(rows))
+        return Selected(kernel)
+
     def dense_activity_threshold(self, rows: int) -> float:
         """Activity from which a tiled product of `rows` drive rows visits every unit instead of the active ones."""
         return DENSE_ACTIVITY_THRESHOLD
 
 
-def fixed_kernel(network: Network, name: str, weights: Weights) -> str | None:
+def fixed_kernel(network: Network, name: str, weights: Weights) -> Selected | None:
     """The kernel of a product that no policy selects; None for others.
 
     A symbol is a single event of layer 0. Its row is read from the network's own array, which may be large: neither
@@ -157,7 +182,7 @@ def fixed_kernel(network: Network, name: str, weights: Weights) -> str | None:
     if not network.one_hot or name != MatrixId.of(0, "w_in"):
         return None
     in_place = isinstance(weights, Dense) and weights.storage == "float32" and weights.values.flags.aligned
-    return LOOK_UP if in_place else FORMAT
+    return Selected(LOOK_UP if in_place else FORMAT)
 
 
 class Layout:
@@ -223,61 +248,55 @@ class Layout:
         return [Segment(g * n + low, g * n + high, base + g * units) for g in gates if units]
 
 
-class Plan:
-    """A network's weights packed with one kernel per matrix.
+class PackedWeights:
+    """The weights of a network, each matrix packed for one or more kernels.
 
     Attributes
     ----------
-    kernel_by_matrix : name of a matrix -> one of `KERNELS`, `LOOK_UP` or `INTEGERS`
-    layers           : (layers, 12) int64, the table of layers
-    column_tiles     : (n_threads, tiles, FIELDS) int64, the table of column tiles
-    pools            : the packed weights
-    faults           : name of a matrix of gated blocks -> where its tiles have their FAULT in `pools.pointers`
-    readout          : first column tile of the read-out, -1 without one
+    column_tiles : (n_threads, tiles, FIELDS) int64, the table of column tiles
+    pools        : the packed weights
+    spans        : name of a matrix and a kernel -> first column tile; first of the gates that follow a product with the
+                   reset gate, which only a recurrent matrix of a cell with the reset gate first has; and the one after
+                   the last
+    faults       : name of a matrix of gated blocks -> where its tiles have their FAULT in `pools.pointers`
     """
 
     def __init__(
         self,
         network: Network,
         layout: Layout,
-        kernel_by_matrix: Mapping[str, str],
-        dense_activity_threshold: Mapping[str, float],
+        kernels: Mapping[str, Collection[Selected]],
         product_address: Callable[[int, int], int],
-        update_addresses: Callable[[str, str], tuple[int, int, int]],
     ):
-        self._product_address = product_address
-        self.layout, self.n_threads, self.kernel_by_matrix = layout, layout.n_threads, dict(kernel_by_matrix)
-        self._thresholds, self._builder = dense_activity_threshold, PoolBuilder.empty()
-        self._tables: list[list[list[int]]] = [[] for _ in range(self.n_threads)]
+        self.layout, self._product_address, self._builder = layout, product_address, PoolBuilder.empty()
+        self._tables: list[list[list[int]]] = [[] for _ in range(layout.n_threads)]
+        self.spans: dict[tuple[str, Selected], tuple[int, int, int]] = {}
         self.faults: dict[str, list[int]] = {}
-        layers, unit_0 = [], 0
-        for k, layer in enumerate(network.layers):
-            gates = layer.cell.gates
-            cut = gates - 1 if layer.cell.reset_first else gates
-            w_in = self._place(f"layers.{k}.w_in", layer.w_in, k, 0, gates)
-            w_rec = self._place(f"layers.{k}.w_rec", layer.w_rec, k, 0, cut)
-            w_gated = (
-                self._place(f"layers.{k}.w_rec", layer.w_rec, k, cut, gates) if cut < gates else len(self._tables[0])
-            )
-            biases = layout.bias_begins[2 * k : 2 * k + 2]
-            columns = w_in, w_rec, w_gated, len(self._tables[0])
-            addresses = update_addresses(layer.cell.name, layer.cell.variant)
-            layers.append([layer.units, layer.inputs, *columns, *biases, unit_0, *addresses])
-            unit_0 += layer.units
-        self.readout = -1
-        if network.readout is not None:
-            self.readout = self._place("readout", network.readout.weights, -1, 0, 1)
-        self.layers = np.array(layers, np.int64)
-        self.column_tiles = np.array(self._tables, np.int64).reshape(self.n_threads, -1, FIELDS)
+        for name, weights in network.matrices().items():
+            layer, gates, cut = -1, 1, 1
+            identity = MatrixId(name)
+            if identity.layer is not None:
+                cell = network.layers[layer := identity.layer].cell
+                gates = cell.gates
+                cut = gates - 1 if identity.recurrent and cell.reset_first else gates
+            for selected in kernels[name]:
+                first = len(self._tables[0])
+                self._place(name, weights, selected, layer, 0, cut)
+                after_reset = len(self._tables[0])
+                self._place(name, weights, selected, layer, cut, gates)
+                self.spans[name, selected] = first, after_reset, len(self._tables[0])
+        self.column_tiles = np.array(self._tables, np.int64).reshape(layout.n_threads, -1, FIELDS)
         self.pools = WeightPools(*self._builder.freeze(), layout.biases)
         # The builder holds a second copy of the weights.
-        del self._builder, self._tables, self._thresholds, self._product_address
+        del self._builder, self._tables, self._product_address
 
-    def _place(self, name: str, weights: Weights, layer: int, first_gate: int, last_gate: int) -> int:
-        """Pack each thread's share of some gates; returns the first column tile."""
-        before, kernel, threshold = len(self._tables[0]), self.kernel_by_matrix[name], self._thresholds[name]
+    def _place(
+        self, name: str, weights: Weights, selected: Selected, layer: int, first_gate: int, last_gate: int
+    ) -> None:
+        """Pack each thread's share of some gates; layer -1 is the read-out."""
         if first_gate == last_gate:
-            return before
+            return
+        kernel, threads = selected.kernel, range(self.layout.n_threads)
         is_dense = isinstance(weights, Dense)
         if kernel == BLAS_PRODUCT or (kernel in (DENSIFIED, DENSIFIED_TILED) and not is_dense):
             weights = Dense(weights.to_dense())
@@ -290,9 +309,11 @@ class Plan:
             BY_STRIPS: STRIPS if takes_strips(weights) else ROWS,
         }
         kind = kinds.get(kernel, ROWS)
-        shares = [self.layout.segments(layer, thread, first_gate, last_gate) for thread in range(self.n_threads)]
+        shares = [self.layout.segments(layer, thread, first_gate, last_gate) for thread in threads]
         held = self.layout.held.header(name)
-        packed = [pack(self._builder, weights, each, kind, threshold, held) if each else [] for each in shares]
+        packed = [
+            pack(self._builder, weights, each, kind, selected.dense_from, held) if each else [] for each in shares
+        ]
         most = max(map(len, packed))
         for table, share in zip(self._tables, packed, strict=True):
             for row in share:
@@ -300,7 +321,54 @@ class Plan:
                 if row[KIND] == GATED:
                     self.faults.setdefault(name, []).append(row[POINTERS] + FAULT)
             table += share + [empty_column_tile()] * (most - len(share))
-        return before
+
+    def serves(self, kernels: Mapping[str, Collection[Selected]]) -> bool:
+        """Whether every matrix is packed for these kernels."""
+        return all((name, selected) in self.spans for name, each in kernels.items() for selected in each)
+
+
+class Plan:
+    """The packed weights that a run uses: one kernel per matrix, and perhaps another one for a partial chunk.
+
+    Attributes
+    ----------
+    packed            : the weights; `column_tiles`, `pools` and `faults` are theirs
+    kernel_by_matrix  : name of a matrix -> its kernel
+    kernel_at_the_end : the same for a partial chunk, which is the last one of a run
+    has_partial       : whether any of these is another kernel
+    layers            : (layers + 1, 15) int64, the table of layers; the last row is the read-out
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        packed: PackedWeights,
+        whole: Mapping[str, Selected],
+        partial: Mapping[str, Selected],
+        update_addresses: Callable[[str, str], tuple[int, int, int]],
+    ):
+        self.packed, self.layout, self.n_threads = packed, packed.layout, packed.layout.n_threads
+        self.column_tiles, self.pools, self.faults = packed.column_tiles, packed.pools, packed.faults
+        self.kernel_by_matrix = {name: selected.kernel for name, selected in whole.items()}
+        self.kernel_at_the_end = {name: selected.kernel for name, selected in partial.items()}
+        self.has_partial = self.kernel_at_the_end != self.kernel_by_matrix
+
+        def input_span(name: str) -> list[int]:
+            return [packed.spans[name, each[name]][end] for each in (whole, partial) for end in (0, 2)]
+
+        layers, unit_0, begins = [], 0, self.layout.bias_begins
+        for k, layer in enumerate(network.layers):
+            w_rec = f"layers.{k}.w_rec"
+            columns = *input_span(f"layers.{k}.w_in"), *packed.spans[w_rec, whole[w_rec]]
+            addresses = update_addresses(layer.cell.name, layer.cell.variant)
+            layers.append([layer.units, layer.inputs, *columns, *begins[2 * k : 2 * k + 2], unit_0, *addresses])
+            unit_0 += layer.units
+        last = [0] * 15
+        if network.readout is not None:
+            inputs, outputs = network.readout.weights.shape
+            last[UNITS], last[INPUTS], last[BIAS_IN] = outputs, inputs, begins[-1]
+            last[IN : PARTIAL_END + 1] = input_span("readout")
+        self.layers = np.array([*layers, last], np.int64)
 
     def check_gates(self) -> None:
         """Raise FloatingPointError, by the name of the matrix, where a run has found gates that are not finite."""

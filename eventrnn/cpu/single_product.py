@@ -11,8 +11,8 @@ from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernels.products import product_address, update_addresses
 from eventrnn.cpu.kernels.spmm import propagate_steps
 from eventrnn.cpu.memory import aligned_zeros
-from eventrnn.cpu.plan import FORMAT, KernelPolicy, Plan, workspace
-from eventrnn.cpu.tables import BIAS_IN, IN, REC, EventLists, ThreadTables, Workspace
+from eventrnn.cpu.plan import FORMAT, KernelPolicy, PackedWeights, Plan, Selected, workspace
+from eventrnn.cpu.tables import BIAS_IN, IN, IN_END, EventLists, ThreadTables, Workspace
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
 from eventrnn.weights import CSR, GatedBlocks, Weights
@@ -61,12 +61,14 @@ class Product:
             active = len(events.indices) / max(1, self.steps * self.batch * n_pre)
             w_in, w_rec = network.matrices()
             # The matrix that is not used is not made dense, whatever the policy is.
-            kernels = {w_in: engine.policy.select_kernel(weights, self.batch, active), w_rec: FORMAT}
-            thresholds = dict.fromkeys(kernels, engine.policy.dense_activity_threshold(self.batch))
-            plan = Plan(network, engine.layout, kernels, thresholds, product_address, update_addresses)
+            kernels = {w_in: engine.policy.select(weights, self.batch, active), w_rec: Selected(FORMAT)}
+            packed = PackedWeights(
+                network, engine.layout, {name: [each] for name, each in kernels.items()}, product_address
+            )
+            plan = Plan(network, packed, kernels, kernels, update_addresses)
         self.plan, self.pitch = plan, engine.drive_pitch
         layer = self.plan.layers[0]
-        self.span = int(layer[IN]), int(layer[REC])
+        self.span = int(layer[IN]), int(layer[IN_END])
         # As in the engine: a vector across two cache lines takes twice as long to store.
         self.drive = aligned_zeros(self.batch * self.pitch, np.float32)
         self.bias_begin = int(layer[BIAS_IN])

@@ -55,4 +55,4 @@ from __future__ import annotations
 ) = range(46)
 
 # Entries of the int64 array NUMBERS; RUN is the address of the compiled `time_loop.run`.
-BATCH, CHUNK, DRIVE_PITCH, N_LAYERS, N_COLUMN_TILES, READOUT, READOUT_BIAS, SHARE_ROWS, RUN = range(9)
+BATCH, CHUNK, DRIVE_PITCH, N_LAYERS, N_COLUMN_TILES, SHARE_ROWS, RUN = range(7)

@@ -123,16 +123,21 @@ FLOAT32, BFLOAT16, INT8 = range(3)
 #: bytes per weight, by storage
 ITEMSIZE = (4, 2, 1)
 
-# Columns of the table of layers.
+# Columns of the table of layers. The last row is the read-out, of whose columns those from REC on are zero, except
+# BIAS_IN; without a read-out all are.
 #   UNITS, INPUTS       sizes of the layer
-#   IN, REC, REC_GATED  first column tiles of w_in, of w_rec, and of the candidate's columns of w_rec, which are apart
-#   END                 only where the reset gate comes before the product; END follows the last one
+#   IN, IN_END          first column tile of w_in, and the one after its last
+#   PARTIAL, PARTIAL_END  the same for a chunk of fewer steps than others, for which another kernel may be faster
+#   REC, REC_GATED      first column tiles of w_rec, and of the candidate's columns of w_rec, which are apart only where
+#   END                 the reset gate comes before the product; END follows the last one
 #   BIAS_IN, BIAS_REC   offsets of the biases in `WeightPools.biases`
 #   UNIT_0              number of units in the layers below
 #   UPDATE, GATING      addresses of the cell update, and of what gates the events of the candidate where the reset gate
 #                       comes before the product (`kernels/products.py`)
 #   REST                address of the kernel of silent steps (`kernels/silence.py`); 0 where every step is a whole one
-UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0, UPDATE, GATING, REST = range(12)
+UNITS, INPUTS, IN, IN_END, PARTIAL, PARTIAL_END, REC, REC_GATED, END = range(9)
+
+BIAS_IN, BIAS_REC, UNIT_0, UPDATE, GATING, REST = range(9, 15)
 
 
 class WeightPools(NamedTuple):
@@ -190,15 +195,13 @@ class RowEvents(NamedTuple):
 class NetworkTables(NamedTuple):
     """A network packed for the time loop."""
 
-    layers: np.ndarray  # (layers, 12) int64: the table of layers
+    layers: np.ndarray  # (layers + 1, 15) int64: the table of layers
     column_tiles: np.ndarray  # (n_threads, tiles, FIELDS) int64: the table of column tiles of each thread
     pools: WeightPools
     threshold: np.ndarray  # (units,) float32
     keep: np.ndarray  # (units,) float32: factor of a silent step (`silence.py`)
     pull: np.ndarray  # (units,) float32: addend of a silent step
     share_rows: int  # 1 where drive rows without events are equal; 0 with gated blocks, which zeros choose as well
-    readout: int  # first column tile of the read-out; -1 without one
-    readout_bias: int  # offset of the read-out's bias
     unit_bounds: np.ndarray  # (layers + 1, n_threads + 1) int64: units of each thread; last row: read-out outputs
     drive_begins: np.ndarray  # (layers + 1, n_threads) int64: first position of each thread's share of a drive row
     drive_pitch: int

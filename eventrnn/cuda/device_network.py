@@ -15,7 +15,7 @@ from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, plan, roles_of, tile_width
 from eventrnn.cuda.tables import LANES
-from eventrnn.cuda.tensor_core_layer import MIN_STREAMS, TensorLayer, exact_because
+from eventrnn.cuda.tensor_core_layer import MIN_STREAMS, TensorLayer, exact_because, has_grid
 from eventrnn.weights import Dense, GatedBlocks, MatrixId, Weights
 
 if TYPE_CHECKING:
@@ -161,7 +161,11 @@ class DeviceNetwork:
 
     def tensor_able(self, batch: int) -> list[int]:
         """The layers that may go through tensor cores with so many samples."""
-        return [k for k, layer in enumerate(self.tensors) if layer is not None] if batch >= MIN_STREAMS else []
+        # Few streams: the tables of tensor cores, and cuBLAS, are not made unless a layer has a plan.
+        if batch < MIN_STREAMS and not any(has_grid(each, batch, self.chip) for each in self.network.layers):
+            return []
+        able = [(k, layer) for k, layer in enumerate(self.tensors) if layer is not None]
+        return [k for k, layer in able if batch >= MIN_STREAMS or layer.grid(batch) is not None]
 
     # --- plans ---
 

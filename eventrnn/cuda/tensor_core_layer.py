@@ -27,6 +27,7 @@ from eventrnn.cuda.kernels.tensor_core_cells import (
 from eventrnn.cuda.kernels.tensor_core_ptx import MULTIPLY
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
+from eventrnn.cuda.tensor_core_grid import GridLoop, GridPlan, grid_plan
 from eventrnn.cuda.tensor_core_loop import InputTiles, TileLoop, fits
 from eventrnn.cuda.tensor_core_tiles import TilePlan, Tiles, plan_tiles
 from eventrnn.weights import GatedBlocks
@@ -77,6 +78,7 @@ class TensorLayer:
     words         : the rounded input and recurrent weights on the host, without padding
     plans         : by batch, the plan of clusters; None where no plan fits
     loops         : by plan, the loop of clusters. Many batch sizes share a plan, and one copy of the weights
+    grids         : by plan, the loop of the whole GPU
     """
 
     device: Device
@@ -91,6 +93,7 @@ class TensorLayer:
     words: tuple[np.ndarray, np.ndarray]
     plans: dict[int, TilePlan | None] = field(default_factory=dict)
     loops: dict[TilePlan, TileLoop] = field(default_factory=dict)
+    grids: dict[GridPlan, GridLoop] = field(default_factory=dict)
 
     @classmethod
     def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str, chip: Chip) -> TensorLayer:
@@ -113,14 +116,24 @@ class TensorLayer:
     def loop(self, batch: int) -> TileLoop | None:
         """The loop of clusters for so many samples; None where every step is a product of cuBLAS."""
         if batch not in self.plans:
-            self.plans[batch] = plan_tiles(self.tiles, batch, self.chip) if self._has_tiles else None
+            self.plans[batch] = self._plan(batch) if self._has_tiles else None
         plan = self.plans[batch]
         if plan is None:
             return None
         if plan not in self.loops:
-            weights = self.input_tiles, self.tiles, self.vectors
+            weights = self._device_inputs, self.tiles, self.vectors
             self.loops[plan] = TileLoop(self.device, self.precision, *weights, plan)
         return self.loops[plan]
+
+    def grid(self, batch: int) -> GridLoop | None:
+        """The loop of the whole GPU for so many samples; None where clusters run it or weights do not fit."""
+        able = self.precision in MULTIPLY and self.loop(batch) is None
+        plan = grid_plan(self.units, batch, self.chip) if able else None
+        if plan is None:
+            return None
+        if plan not in self.grids:
+            self.grids[plan] = GridLoop(self.device, self.precision, self.words[1], self.vectors, plan)
+        return self.grids[plan]
 
     @property
     def _has_tiles(self) -> bool:
@@ -132,14 +145,24 @@ class TensorLayer:
         return Tiles.of(self.words[1])
 
     @cached_property
-    def input_tiles(self) -> InputTiles:
-        """The tiles of the input weights on the device."""
-        return InputTiles(self.device, Tiles.of(self.words[0], even=True))
+    def input_tiles(self) -> Tiles:
+        """The tiles of the input weights."""
+        return Tiles.of(self.words[0], even=True)
+
+    @cached_property
+    def _device_inputs(self) -> InputTiles:
+        return InputTiles(self.device, self.input_tiles)
+
+    def _plan(self, batch: int) -> TilePlan | None:
+        return plan_tiles(self.tiles, int(self.input_tiles.begins[-1]), batch, self.chip)
 
     def path(self, batch: int) -> str:
         """What computes the recurrent products."""
-        loop = self.loop(batch)
-        return f"tensor {self.precision}" + (f" in clusters of {loop.plan.blocks} blocks" if loop else "")
+        loop, grid = self.loop(batch), self.grid(batch)
+        where = (
+            f" in clusters of {loop.plan.blocks} blocks" if loop else f" in {grid.plan.blocks} blocks" if grid else ""
+        )
+        return f"tensor {self.precision}{where}"
 
     def enqueue(
         self, buffers: RunBuffers, k: int, table, row_of, after, sent: tuple[int, int], counts: int, status
@@ -170,7 +193,7 @@ class TensorLayer:
             below = buffers.event_logs[k - 1][1:]
             self._round_rows(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, status)
         self._round_rows(buffers.outputs[k], self.units, self.units, y, units, batch, status)
-        if after is not None:
+        if after is not None or self.grid(batch) is not None:
             self._steps(buffers, k, x, y, after, sent, counts, status)
             return
         key = ("replay", k, sent, counts, status.data.ptr)
@@ -186,7 +209,7 @@ class TensorLayer:
     def _steps(self, buffers: RunBuffers, k: int, x, y, after, sent: tuple[int, int], counts: int, status) -> None:
         """Put the time loop on the stream: per step one product and one kernel for the cells."""
         units, inputs = self.sizes
-        steps, batch, (sent_at, pitch) = buffers.steps, buffers.batch, sent
+        steps, batch, (sent_at, pitch), grid = buffers.steps, buffers.batch, sent, self.grid(buffers.batch)
         chunk = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
         drive = buffers.scratch(("drive", k), (chunk * batch, 3 * units), x.dtype)
         rec = buffers.scratch(("rec", k), (batch, 3 * units), x.dtype)
@@ -202,6 +225,11 @@ class TensorLayer:
         for begin in range(0, steps, chunk):
             rows = min(chunk, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
+            if grid is not None:
+                outputs = sent_at + 4 * begin * batch * pitch, pitch
+                after_at = 0 if after is None else after[begin].data.ptr
+                grid.enqueue(buffers, k, drive, y, outputs, after_at, rows // batch, counts, status)
+                continue
             for t in range(begin, begin + rows // batch):
                 self.cublas.product(self.precision, y, self.w_rec, rec, batch, units, 3 * units)
                 drives = drive[(t - begin) * batch :].data.ptr, rec.data.ptr
@@ -209,7 +237,7 @@ class TensorLayer:
                 sums_at = sums and sums + 2 * t * splits * sums_pitch
                 arguments = *drives, *cells, *outputs, *sizes, sums_at, sums_pitch, status.data.ptr
                 self._launch("cells", cells_kernel, (blocks, splits), CELL_THREADS, *arguments)
-        if counts:
+        if counts and grid is None:
             kernel = self.device.kernel(("count_pairs",), count_pairs_kernel, CELL_THREADS)
             arguments = sums, pairs, sums_pitch, steps * splits, counts, counts + 8 * self.units
             self.device.launch(kernel, (blocks, count_threads(steps * splits)), CELL_THREADS, *arguments)
@@ -237,6 +265,11 @@ def exact_because(layer: Layer, precision: str) -> str | None:
     if precision == "float16" and any(np.abs(each).max(initial=0) > FLOAT16_MAX for each in weights):
         return "float16 cannot hold its weights"
     return None
+
+
+def has_grid(layer: Layer, batch: int, chip: Chip) -> bool:
+    """Whether the registers of the GPU have room for the recurrent weights of a layer, for so many samples."""
+    return grid_plan(layer.units, batch, chip) is not None
 
 
 def fastest_layers(able: Sequence[int], seconds: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda.kernels.tensor_core_cluster import ROW_BYTES, SAMPLES, TILE, tensor_cluster_kernel
-from eventrnn.cuda.kernels.tensor_core_inputs import GROUPS, columns_kernel, drives_kernel, scatter_kernel
+from eventrnn.cuda.kernels.tensor_core_cluster import tensor_cluster_kernel
+from eventrnn.cuda.kernels.tensor_core_inputs import GROUPS, drives_kernel
+from eventrnn.cuda.kernels.tensor_core_pieces import ROW_BYTES, TILE
 from eventrnn.cuda.run_buffers import pitch_of
-from eventrnn.cuda.tables import LANES
-from eventrnn.cuda.tensor_core_tiles import TilePlan, Tiles, block_table
+from eventrnn.cuda.tensor_core_tiles import TilePlan, Tiles, block_table, spare_multiprocessors
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
     from eventrnn.cuda.run_buffers import RunBuffers
 
-# Bytes of the input drives, and of the inputs as columns, of the steps that are computed together.
-CHUNK_BYTES = 128 << 20
+# Bytes of a buffer of input drives, and threads per block of the kernel that computes them.
+DRIVE_BYTES, DRIVE_THREADS = 384 << 20, 512
 
-# Threads per block of the kernels for inputs and for their products.
-ROW_THREADS, DRIVE_THREADS = 256, 512
+# Side by side with the time loop, the input drives of the first steps are computed alone. Each later chunk of steps has
+# twice as many as the one before, because its drives take less time than these steps.
+FIRST_STEPS = 96
 
 
 def fits(inputs: int, shared_bytes: int) -> bool:
     """Whether the kernel of the input products has room for so many inputs."""
-    return GROUPS * ROW_BYTES * (inputs + 1) <= shared_bytes
+    return GROUPS[-1] * ROW_BYTES * (inputs + 1) <= shared_bytes
+
+
+def chunks(steps: int, most: int, growing: bool) -> list[range]:
+    """The steps whose input drives are computed together, at most `most`.
+
+    growing : every chunk has about twice as many steps as the one before, and the first one at most FIRST_STEPS
+    """
+    first, count = steps, 1
+    while growing and first > FIRST_STEPS:
+        count += 1
+        first = -(-steps // (2**count - 1))
+    sizes = [first << k for k in range(count)]
+    sizes = [size for size in sizes if size <= most]
+    # What is left, in equal parts.
+    left = max(0, steps - sum(sizes))
+    sizes += [-(-left // -(-left // most))] * -(-left // most) if left else []
+    ends = np.minimum(np.cumsum(sizes), steps).tolist()
+    return [range(begin, end) for begin, end in pairwise([0, *ends]) if end > begin]
 
 
 class InputTiles:
@@ -38,9 +58,9 @@ class InputTiles:
 
     def __init__(self, device: Device, tiles: Tiles):
         self.inputs, self.count = tiles.n_pre, tiles.count
-        # The kernel loads two steps ahead.
-        values = np.pad(tiles.fragments, ((0, 2), (0, 0), (0, 0)))
-        rows = np.pad(tiles.rows, ((0, 2), (0, 0))).astype(np.uint16)
+        # The kernel loads four steps ahead.
+        values = np.pad(tiles.fragments, ((0, 4), (0, 0), (0, 0)))
+        rows = np.pad(tiles.rows, ((0, 4), (0, 0))).astype(np.uint16)
         self._arrays = [device.put(each) for each in (tiles.begins, values, rows)]
         self.weights = tuple(each.data.ptr for each in self._arrays)
 
@@ -69,49 +89,97 @@ class TileLoop:
         self, buffers: RunBuffers, k: int, table, row_of, after, sent: tuple[int, int], counts: int, status
     ) -> None:
         """Put all steps of layer k on the stream; see `TensorLayer.enqueue`."""
-        steps, batch, (sent_at, pitch) = buffers.steps, buffers.batch, sent
-        width, clusters = 2 * self.plan.pairs, self.plan.clusters(batch)
-        inputs, columns = self.w_in.inputs, TILE * self.w_in.count
-        per_step = ROW_BYTES * clusters * max(columns, inputs + 1)
-        chunk = max(1, min(steps, CHUNK_BYTES // per_step))
-        groups = -(-chunk * clusters // GROUPS) * GROUPS
-        x = buffers.scratch(("columns", k), (groups, inputs + 1, SAMPLES), np.uint16)
-        drive = buffers.scratch(("drives", k), (chunk * clusters, columns, width // 2), np.int32)
-        for begin in range(0, steps, chunk):
-            own = min(chunk, steps - begin)
-            x.data.memset_async(0, x.nbytes)
-            if k == 0:
-                lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
-                arguments = *lists, begin * batch, own * batch, batch, width, clusters, inputs
-                blocks = -(-own * batch // (ROW_THREADS // LANES))
-                self._launch("scatter", scatter_kernel, blocks, ROW_THREADS, *arguments, x.data.ptr, status.data.ptr)
-            else:
-                below = buffers.event_logs[k - 1][1 + begin :]
-                arguments = below.data.ptr, pitch_of(inputs), batch, width, clusters, inputs
-                pointers = x.data.ptr, status.data.ptr
-                self._launch("columns", columns_kernel, own * clusters, ROW_THREADS, *arguments, *pointers)
-            sizes = inputs, self.w_in.count, own * clusters, self.plan.pairs
-            arguments = x.data.ptr, *self.w_in.weights, *sizes, drive.data.ptr
-            shared = GROUPS * ROW_BYTES * (inputs + 1)
-            blocks = -(-own * clusters // GROUPS)
-            self._launch("drives", drives_kernel, blocks, DRIVE_THREADS, *arguments, shared=shared)
-            row = 4 * batch * pitch
-            outputs = buffers.outputs[k].data.ptr, self.units
-            before = (sent_at + (begin - 1) * row, pitch) if begin else outputs
-            addresses = self._blocks, self.vectors.data.ptr, drive.data.ptr, buffers.cells[k].data.ptr
-            after_at = 0 if after is None else after[begin].data.ptr
-            sizes = self.units, self.vectors.shape[1], columns, pitch, batch, own
-            clocks = 0 if self.clocks is None else self.clocks.data.ptr
-            arguments = *addresses, *before, sent_at + begin * row, after_at, *sizes, counts, status.data.ptr, clocks
-            self._run_clusters(clusters, arguments)
+        steps, batch, device = buffers.steps, buffers.batch, self.device
+        pairs, clusters, columns = self.plan.pairs, self.plan.clusters(batch), TILE * self.w_in.count
+        spare = spare_multiprocessors(self.plan, batch, device.multiprocessors)
+        # The drives of a chunk are computed while the time loop reads those of the chunk before from another buffer.
+        count = 2 if spare else 1
+        parts = chunks(steps, max(1, DRIVE_BYTES // (4 * pairs * clusters * columns)), spare > 0)
+        shape = max(map(len, parts)) * clusters, columns, pairs
+        drives = [buffers.scratch(("drives", k, part), shape, np.int32) for part in range(min(count, len(parts)))]
+        if k == 0:
+            source = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
+        else:
+            source = buffers.event_logs[k - 1][1:].data.ptr, pitch_of(self.w_in.inputs), 0, 0
+
+        def enqueue_drives(part: int, **where: Any) -> None:
+            sizes = batch * parts[part].start, len(parts[part]) * clusters, batch, clusters
+            self._run_drives(k > 0, *source, *sizes, pairs, drives[part % count].data.ptr, status.data.ptr, **where)
+
+        enqueue_drives(0)
+        for part, own in enumerate(parts):
+            free = device.queue.record()
+            drive = drives[part % count].data.ptr
+            self._enqueue_steps(buffers, k, own, drive, after, sent, counts, status)
+            if part + 1 == len(parts):
+                return
+            if not spare:
+                enqueue_drives(part + 1)
+                continue
+            # The time loop was launched before, so that its clusters find their multiprocessors free.
+            stream, queue = self._side
+            queue.wait_event(free)
+            enqueue_drives(part + 1, most=spare, stream=stream)
+            device.queue.wait_event(queue.record())
+
+    @cached_property
+    def _side(self) -> tuple[Any, Any]:
+        """The stream of what is computed side by side with the time loop, and the same stream for CuPy."""
+        return self.device.new_stream()
+
+    def _run_drives(
+        self,
+        dense: bool,
+        *arguments: int,
+        most: int | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Launch the kernel of the input products, with at most `most` blocks.
+
+        arguments : those of the kernel, without what belongs to the weights
+        """
+        inputs, device = self.w_in.inputs, self.device
+        *source, row_0, groups, batch, clusters, pairs, drive, status = arguments
+        own = next(each for each in GROUPS if each * ROW_BYTES * (inputs + 1) <= device.shared_bytes)
+        blocks = -(-groups // own)
+        kernel = device.kernel(
+            ("drives of tiles", self.precision, own, dense),
+            partial(drives_kernel, self.precision, own, dense),
+            DRIVE_THREADS,
+        )
+        sizes = row_0, groups, batch, clusters, inputs
+        arguments = *source, *sizes, *self.w_in.weights, self.w_in.count, pairs, drive, status
+        device.launch(
+            kernel,
+            blocks if most is None else min(blocks, most),
+            DRIVE_THREADS,
+            *arguments,
+            shared=own * ROW_BYTES * (inputs + 1),
+            stream=stream,
+        )
+
+    def _enqueue_steps(
+        self, buffers: RunBuffers, k: int, own: range, drive: int, after, sent: tuple[int, int], counts: int, status
+    ) -> None:
+        """Put some steps of the time loop on the stream. drive : address of their input drives"""
+        sent_at, pitch = sent
+        batch, columns = buffers.batch, TILE * self.w_in.count
+        row = 4 * batch * pitch
+        outputs = buffers.outputs[k].data.ptr, self.units
+        before = (sent_at + (own.start - 1) * row, pitch) if own.start else outputs
+        addresses = self._blocks, self.vectors.data.ptr, drive, buffers.cells[k].data.ptr
+        after_at = 0 if after is None else after[own.start].data.ptr
+        clusters = self.plan.clusters(batch)
+        bytes_per_step = 4 * self.plan.pairs * columns * clusters, row, 4 * batch * self.units
+        sizes = self.units, self.vectors.shape[1], columns, pitch, batch, len(own), *bytes_per_step
+        clocks = 0 if self.clocks is None else self.clocks.data.ptr
+        arguments = *addresses, *before, sent_at + own.start * row, after_at, *sizes, counts, status.data.ptr, clocks
+        self._run_clusters(clusters, arguments)
 
     def _run_clusters(self, clusters: int, arguments: tuple[int, ...]) -> None:
         plan, device = self.plan, self.device
-        options = self.precision, plan.blocks, plan.pairs, plan.held, self.clocks is not None
+        sizes = plan.blocks, plan.pairs, plan.own_pairs, plan.held, plan.held_tiles, plan.senders
+        options = self.precision, *sizes, self.clocks is not None
         make = partial(tensor_cluster_kernel, *options)
         kernel = device.kernel(("tensor_cluster", *options), make, plan.threads)
         device.launch(kernel, clusters * plan.blocks, plan.threads, *arguments, shared=plan.shared, cluster=plan.blocks)
-
-    def _launch(self, name: str, make, blocks: int, threads: int, *arguments: int, shared: int = 0) -> None:
-        kernel = self.device.kernel((f"{name} of tiles", self.precision), partial(make, self.precision), threads)
-        self.device.launch(kernel, blocks, threads, *arguments, shared=shared)

@@ -156,6 +156,7 @@ def _count_arrival(address, number) -> np.int32:
 SHORT_ADDRESSES = {
     "load_shared": lambda at: np.int32(fake_gpu.ints(_whole(at), 1)[0]),
     "load_shared_uint16": lambda at: np.int32(fake_gpu.half(_whole(at), 1, "float16")[0]),
+    "load_shared2": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 2))),
     "load_shared4": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 4))),
     "load_shared_float": lambda at: np.float32(fake_gpu.floats(_whole(at), 1)[0]),
     "store_shared2": lambda at, a, b: ctypes.memmove(_whole(at), struct.pack("<ii", int(a), int(b)), 8),
@@ -191,6 +192,11 @@ def _load4(address):
         # The thread polls until every word was written.
         here.turns.give_way()
     return tuple(map(np.int32, words))
+
+
+def _load_relaxed2(address):
+    here.turns.give_way()
+    return tuple(map(np.int32, fake_gpu.ints(address, 2)))
 
 
 def _copy_four(target, source):
@@ -245,6 +251,10 @@ def _load_columns(count: int):
         return tuple(found)
 
     return load
+
+
+def _store_word(address, word) -> None:
+    ctypes.memmove(int(address), struct.pack("<i", int(word)), 4)
 
 
 def _store_two(address, a, b) -> None:
@@ -323,6 +333,9 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(tensor_core_ptx.load_two_columns): _load_columns(4),
         id(tensor_core_ptx.load_one_column): _load_columns(2),
         id(tensor_core_ptx.store_shared_float2): _store_two,
+        id(tensor_core_ptx.load_relaxed2): _load_relaxed2,
+        id(tensor_core_ptx.store_relaxed_word): _store_word,
+        id(tensor_core_ptx.store_shared_word): lambda at, word: _store_word(_whole(at), word),
         **{id(each): _store_half(precision) for precision, each in tensor_core_cells._STORES.items()},
         id(tensor_core_ptx.copy_to_block): _copy_to_block,
         id(tensor_core_ptx.fence_copies): lambda: None,

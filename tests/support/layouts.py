@@ -31,7 +31,7 @@ FEW, MANY = {"SHARED_EVENTS": NEVER}, {"SHARED_EVENTS": 0}
 MASKS, INDICES = {"AVX512": True, "MASKED_FROM": 0, "FILL": NEVER}, {"MASKED_FROM": 2, "FILL": NEVER}
 TILES = {"FILL": -NEVER}
 NARROW = {"WIDEST_SCATTER": 16}
-UNITS = {"FEW_SEGMENTS": 0}
+UNITS = {"FEW_SEGMENTS": 0, "STRIP_TERMS": NEVER}
 STRIP = {"STRIP_TERMS": 0, "SELECTS": True}
 #: name -> constants of the modules, the formats that they decide upon, and the kinds of window that must come out
 FORCED = {
@@ -44,7 +44,11 @@ FORCED = {
     "narrow indices": ({**INDICES, **NARROW}, ("csr", "nm"), {SCATTER}),
     "single tiles": (TILES, ("csr", "nm"), {SINGLE_TILES}),
     "blocks": ({**MANY, **INDICES, **UNITS, "PREFETCHED_BYTES": 0}, ("block",), {BLOCKS, SCATTER}),
-    "few blocks": ({**MANY, **INDICES, "FEW_SEGMENTS": NEVER}, ("block",), {FEW_BLOCKS, BLOCKS, SCATTER}),
+    "few blocks": (
+        {**MANY, **INDICES, "FEW_SEGMENTS": NEVER, "STRIP_TERMS": NEVER},
+        ("block",),
+        {FEW_BLOCKS, BLOCKS, SCATTER},
+    ),
     "blocks of single weights": ({**MANY, **MASKS, **NARROW, **UNITS}, ("block",), {BLOCKS, MASKED, SCATTER}),
     "strips": ({**FEW, **STRIP}, ("wide block",), {STRIPS, BLOCKS}),
     "tiles of blocks": ({**TILES, **UNITS}, ("block",), {BLOCKS, SINGLE_TILES}),

@@ -32,7 +32,7 @@ RULES += ("egru_paper_reset_backward", "surrogate_slope", "exp_float32", "sigmoi
 RULES += ("lstm_value", "lstm_output", "gru_backward", "gru_before_backward", "lstm_backward")
 
 #: types that convert a number, and what converts it as fast as Python can
-TYPES = {id(getattr(numba, name)): getattr(np, name) for name in ("int32", "int64", "float32", "float64")}
+TYPES = {id(getattr(numba, name)): getattr(np, name) for name in ("int32", "int64", "uint16", "float32", "float64")}
 
 #: seconds after which a barrier that not all threads reach is an error
 PATIENCE = 60

@@ -18,16 +18,17 @@ def through_tensor_cores(network: Network, batch: int, precision: str = "float16
     return simulator
 
 
-def check_bound(precision: str, network: Network, x: np.ndarray, clusters: bool = False) -> None:
+def check_bound(precision: str, network: Network, x: np.ndarray, clusters: bool = False, grid: str = "") -> None:
     """Compare every step, from the cells and outputs of the step before, with float64.
 
     clusters : whether all layers run in clusters of blocks
+    grid     : what the path of recurrent matrices says where all blocks of the GPU run them
     """
     batch = x.shape[1]
     result = through_tensor_cores(network, batch, precision).run(x, record=("events", "states"))
     assert not result.exact
     for name, path in result.paths.items():
-        product, _, blocks = path.partition(" in clusters of ")
+        product, _, blocks = path.removesuffix(grid if name.endswith("w_rec") else "").partition(" in clusters of ")
         assert product == f"tensor {precision}" and bool(blocks) == (clusters and name.endswith("w_rec"))
     sent = [x, *(each.to_dense() for each in result.events)]
     inside = total = 0
@@ -36,7 +37,7 @@ def check_bound(precision: str, network: Network, x: np.ndarray, clusters: bool 
         c = y = np.zeros((batch, layer.units))
         for t in range(len(x)):
             before = sent[k][t].astype(np.float64), c, y
-            v = tolerance.rounded_cell_bound(precision, parameters, *before, instruction=clusters)
+            v = tolerance.rounded_cell_bound(precision, parameters, *before, instruction=clusters or bool(grid))
             near = np.abs(v.value - parameters["threshold"]) <= v.error
             c, y = result.states[k][t].astype(np.float64), sent[k + 1][t].astype(np.float64)
             fired = v.value > parameters["threshold"]

@@ -41,7 +41,10 @@ from eventrnn.cpu.tables import (
     END,
     GATING,
     IN,
+    IN_END,
     INPUTS,
+    PARTIAL,
+    PARTIAL_END,
     REC,
     REC_GATED,
     REST,
@@ -69,7 +72,8 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
     """
     layers, events, batch, chunk = network.layers, buffers.events, size.batch, size.chunk
     drive_in, drive_rec, pitch = buffers.input_drives, buffers.recurrent_drives, network.drive_pitch
-    n_layers = len(layers)
+    n_layers = len(layers) - 1
+    reads_out = layers[n_layers, UNITS] > 0
     rows = (chunk + 1) * batch
     row_capacity = len(events.indices) // (2 * rows)
     workspace = workspace_of(buffers.workspace, thread)
@@ -102,7 +106,9 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
             if target < 0:
                 return
 
-            first_tile, last_tile, bias = layers[layer, IN], layers[layer, REC], layers[layer, BIAS_IN]
+            first_tile, last_tile, bias = layers[layer, IN], layers[layer, IN_END], layers[layer, BIAS_IN]
+            if length < chunk:
+                first_tile, last_tile = layers[layer, PARTIAL], layers[layer, PARTIAL_END]
             n_pre, drive_rows = layers[layer, INPUTS], length * batch
             if layer == 0:
                 for k in range(drive_rows):
@@ -129,7 +135,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                     first = unit_0 * batch + low
                     units = silent_units(network, unit_0 + low, high - low, c, y, first, batch, n, drive_rec, base)
                     # A step that is recorded is taken by itself.
-                    most = 1 if recorded or (network.readout < 0 and layer == n_layers - 1) else quiet
+                    most = 1 if recorded or (not reads_out and layer == n_layers - 1) else quiet
                     steps, target = rest_together(thread, n_threads, barrier, target, rest, most, units, buffers.rests)
                     if target < 0:
                         return
@@ -213,7 +219,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                         copy(y, s + low, outputs.events, at, high - low)
                     if len(outputs.states) > 0:
                         copy(c, s + low, outputs.states, at, high - low)
-                    if network.readout < 0 and layer == n_layers - 1:
+                    if not reads_out and layer == n_layers - 1:
                         copy(y, s + low, outputs.output, ((t0 + t) * batch + b) * n + low, high - low)
                 # planted fault: barrier missing
                 target = barrier_wait(barrier, n_threads, target)
@@ -221,15 +227,18 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                     return
                 t += 1
 
-        if network.readout >= 0:
+        if reads_out:
             low, high = network.unit_bounds[n_layers, thread], network.unit_bounds[n_layers, thread + 1]
             base, n_outputs = network.drive_begins[n_layers, thread], network.unit_bounds[n_layers, n_threads]
             first_list = (((n_layers - 1) % 2) * rows + batch) * n_threads
             n_pre, drive_rows = layers[n_layers - 1, UNITS], length * batch
-            sent, last_tile = RowEvents(events, first_list, n_threads, drive_rows), len(tables.column_tiles)
+            sent = RowEvents(events, first_list, n_threads, drive_rows)
+            first_tile, last_tile, bias = layers[n_layers, IN], layers[n_layers, IN_END], layers[n_layers, BIAS_IN]
+            if length < chunk:
+                first_tile, last_tile = layers[n_layers, PARTIAL], layers[n_layers, PARTIAL_END]
             used = share_silent_rows(network.share_rows, sent, begins, counts, drive_of)
             sent = RowEvents(relayed, 0, n_threads, min(used + 1, drive_rows))
-            propagate_all(tables, network.readout, last_tile, network.readout_bias, n_pre, sent, drive_in)
+            propagate_all(tables, first_tile, last_tile, bias, n_pre, sent, drive_in)
             for k in range(drive_rows):
                 copy(
                     drive_in, drive_of[k] * pitch + base, outputs.output, (t0 * batch + k) * n_outputs + low, high - low
@@ -308,7 +317,7 @@ def _step(table, output):
     copy(float32_at(table, step_table.HELD_BEFORE), 0, scratch, held_at, len(held))
     empty = float32_at(table, step_table.EMPTY)
     network = NetworkTables(
-        int64_at(table, step_table.LAYERS, (n_layers,)),
+        int64_at(table, step_table.LAYERS, (n_layers + 1,)),
         int64_at(table, step_table.COLUMN_TILES, (1, n_tiles)),
         WeightPools(
             float32_at(table, step_table.VALUES),
@@ -320,8 +329,6 @@ def _step(table, output):
         float32_at(table, step_table.KEEP),
         float32_at(table, step_table.PULL),
         numbers[step_table.SHARE_ROWS],
-        numbers[step_table.READOUT],
-        numbers[step_table.READOUT_BIAS],
         int64_at(table, step_table.UNIT_BOUNDS, (n_layers + 1,)),
         int64_at(table, step_table.DRIVE_BEGINS, (n_layers + 1,)),
         numbers[step_table.DRIVE_PITCH],

@@ -12,9 +12,9 @@ outputs, so that the units may lie anywhere (`tensor_core_ptx.load_two_columns`)
 Cluster : at most SAMPLES samples, all units.
 Block   : the cells of some neighbouring units, and the tiles that contain a column of theirs. Two blocks may both
           compute a tile that both need.
-Warp    : every `warps`-th tile of the block. The first steps of its first tile are held in registers, the weights of
+Warp    : every `warps`-th tile of the block. The first steps of its first tiles are held in registers, the weights of
           all others lie in shared memory.
-Thread  : in the cell update, one unit in two samples.
+Thread  : in the cell update, one unit in two or four samples.
 
 ============ ======== ==========================================================================================
 array        memory   shape, dtype, contents
@@ -28,11 +28,15 @@ outputs      global   (batch, outputs_pitch) float32, outputs before the first s
 sent         global   (steps, batch, pitch) float32, outputs
 after        global   (steps, batch, units) float32, cells after each step, or address 0
 counts       global   (2, units) int64, to which graded events are added, then events of value 1; or address 0
-held         global   (warps, held steps, 32, 4) int32, weights as fragments
-held rows    global   (warps, held steps / 2, 32) int32, what each lane loads: byte offsets in a row of y
+held         global   (warps, held tiles * held steps, 32, 4) int32, weights as fragments
+held rows    global   (warps, held tiles * held steps / 2, 32) int32, what each lane loads: byte offsets in a row of y
+teams        global   (warps, 4) int32: of the team of each warp, the byte offset of its outputs in `parts`, their
+                      bytes, its threads that have cells, 0 if none has, and the number of its barrier
 barriers     shared   (2,) mbarriers, of even and of odd steps; at the same address in all blocks of the cluster
-y            shared   (2, units + 1, SAMPLES) rounded outputs before even and odd steps; the last row is zero and
-                      serves the padding of tiles
+y            shared   (units + 1, SAMPLES) rounded outputs before the step; the last row is zero and serves the padding
+                      of tiles
+parts        shared   (2, units, 2 * pairs) rounded outputs before even and odd steps, padded to whole 16 bytes, which
+                      are laid out in y. With SAMPLES samples y is one of them, and has two parts itself
 tiles        shared   (tiles, 4) int32: per tile where its sums are, the first of its steps that lie in shared memory,
                       and their number
 values       shared   (steps of the block, 32, 4) int32, weights as fragments
@@ -40,12 +44,14 @@ rows         shared   (steps of the block + 1, TILE) uint16, the units of each s
 sums         shared   (tiles, TILE, 2 * pairs) float32, recurrent products
 ============ ======== ==========================================================================================
 
-A block writes its outputs into its own row of y, and copies them from there into those of the other blocks.
+A block writes its outputs into its own `parts`. Teams of its warps copy them from there into those of the other blocks,
+each as soon as it has updated its cells.
 
-Barriers: an mbarrier phase before the outputs of the last step are read, one block barrier between products and cells,
-one between cells and copies, cluster barriers at the start and the end, because no block may write into one that has
-not started or has ended. All outputs of a step arrive in a block only after all blocks have read those of the step
-before it, so two rows are enough. That every block has units is a condition of this.
+Barriers: an mbarrier phase before the outputs of the last step are read, which waits for all teams of the block and for
+the bytes of the other blocks; one block barrier between products and cells; cluster barriers at the start and the end,
+because no block may write into one that has not started or has ended. All outputs of a step arrive in a block only
+after all blocks have read those of the step before it, so two parts are enough. That every block has units is a
+condition of this. Teams arrive after they have read the sums, so that no warp overwrites sums that are still read.
 """
 
 from __future__ import annotations
@@ -59,71 +65,73 @@ from eventrnn.cuda.kernels.cluster import in_all_lanes, make_cycles, wait_for_ph
 from eventrnn.cuda.kernels.persistent import MAX_POLLS
 from eventrnn.cuda.kernels.ptx import (
     add_relaxed,
+    barrier_arrive,
     barrier_expect_bytes,
     barrier_init,
     barrier_init_done,
     cluster_arrive,
     cluster_wait,
     copy_async16,
-    fma,
     global_float32,
     global_int32,
     global_int64,
-    load_shared4,
-    load_shared_float2,
-    load_shared_uint16,
     map_to_rank,
     max_relaxed,
     shared_base,
     shared_int32,
     wait_for_copies,
+    warps_barrier,
 )
-from eventrnn.cuda.kernels.tensor_core_cells import FLOAT16_MAX, ONE
+from eventrnn.cuda.kernels.tensor_core_cells import FLOAT16_MAX
+from eventrnn.cuda.kernels.tensor_core_pieces import (
+    LAY_OUT,
+    LOAD_DRIVE,
+    LOAD_SUMS,
+    ROW_BYTES,
+    SAMPLES,
+    STEP_BYTES,
+    STORE_PAIRS,
+    UNITS_BYTES,
+    ZERO,
+    cell_before_event,
+    load_row,
+    make_hold,
+    make_tiles,
+    store_outputs,
+)
 from eventrnn.cuda.kernels.tensor_core_ptx import (
     MULTIPLY,
     PACK,
     WIDEN,
     copy_to_block,
     fence_copies,
-    load_one_column,
-    load_readonly_word,
     load_readonly_words,
-    load_two_columns,
-    store_shared_float2,
-    tanh_approx,
 )
-
-#: samples of a row of y: the columns of a fragment
-SAMPLES = 8
-
-#: columns of a tile, and rows of a step
-TILE = 16
-
-#: bytes of a row of y, of the weights of a step, and of the units of a step
-ROW_BYTES, STEP_BYTES, UNITS_BYTES = 2 * SAMPLES, 4 * 4 * 32, 2 * TILE
 
 (
     FIRST_UNIT,  # first unit whose cells the block owns
     OWN_UNITS,  # number of these units
     TILES,  # tiles of the block
     STEPS,  # those of their steps that lie in shared memory
+    TEAMS,  # teams that have cells
     SHIFT_U,  # row of `sums` of the first unit, per gate
     SHIFT_R,
     SHIFT_G,
     HELD_OF,  # addresses in global memory: the block's part of `held`
     HELD_ROWS_OF,  # of `held rows`
+    TEAMS_OF,  # of `teams`
     TILES_OF,  # of `tiles`
     VALUES_OF,  # of `values`
     UNITS_OF,  # of `rows`
+    RECEIVED,  # bytes that the other blocks send per step
     AT_Y,  # offsets in shared memory, the same for all blocks of a cluster
+    AT_PARTS,
     AT_TILES,
     AT_VALUES,
     AT_UNITS,
     AT_SUMS,
     BLOCK_FIELDS,  # number of fields
-) = range(18)
-
-ZERO, HALF = np.float32(0), np.float32(0.5)
+) = range(22)
 
 
 @device_function
@@ -135,114 +143,49 @@ def copy_words16(target_at, source_at, size, thread, threads):
         at += int64(16) * threads
 
 
-def make_hold(count: int, load, stride: int):
-    """The device function hold(address): the words of `count` loads, which are `stride` bytes apart, as one tuple."""
-    if count == 1:
-        return load
-    rest = make_hold(count - 1, load, stride)
-
-    @device_function
-    def hold(address):
-        return load(address) + rest(address + int64(stride))
-
-    return hold
-
-
-@device_function
-def load_row(address):
-    """One word as a tuple."""
-    return (load_readonly_word(address),)
-
-
-def make_held_product(count: int, multiply):
-    """The device function product(words, rows, y_at, sums): the product of a tile of 2 * count steps that is held.
-
-    words, rows : what this lane holds of the weights and of the rows
-    y_at        : shared address of the outputs
-    s0 to t3    : two sums, to which the products are added, one of which gets the even steps
-    """
-    rest = make_held_product(count - 1, multiply) if count > 1 else None
-
-    @device_function
-    def product(words, rows, y_at, s0, s1, s2, s3, t0, t1, t2, t3):
-        b0, b1, b2, b3 = load_two_columns(int32(y_at + rows[0]))
-        s0, s1, s2, s3 = multiply(words[0], words[1], words[2], words[3], b0, b1, s0, s1, s2, s3)
-        t0, t1, t2, t3 = multiply(words[4], words[5], words[6], words[7], b2, b3, t0, t1, t2, t3)
-        return rest(words[8:], rows[1:], y_at, s0, s1, s2, s3, t0, t1, t2, t3)
-
-    @device_function
-    def last(words, rows, y_at, s0, s1, s2, s3, t0, t1, t2, t3):
-        b0, b1, b2, b3 = load_two_columns(int32(y_at + rows[0]))
-        s0, s1, s2, s3 = multiply(words[0], words[1], words[2], words[3], b0, b1, s0, s1, s2, s3)
-        t0, t1, t2, t3 = multiply(words[4], words[5], words[6], words[7], b2, b3, t0, t1, t2, t3)
-        return s0 + t0, s1 + t1, s2 + t2, s3 + t3
-
-    return product if count > 1 else last
-
-
-@device_function
-def fast_sigmoid(x):
-    """1 / (1 + exp(-x)) within an absolute error of 2^-12."""
-    return fma(HALF, tanh_approx(HALF * x), HALF)
-
-
-@device_function
-def cell_before_event(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u, bias_r, bias_g, bias_rec_g, carried):
-    """Cell state before the event: `cells.egru_value`, with the approximate sigmoid and tanh."""
-    u = fast_sigmoid((inside_u + rec_u) + bias_u)
-    r = fast_sigmoid((inside_r + rec_r) + bias_r)
-    g = tanh_approx(fma(r, rec_g + bias_rec_g, inside_g + bias_g))
-    return fma(u, carried, (ONE - u) * g)
-
-
-def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, clocked: bool = False):
+def tensor_cluster_kernel(
+    precision: str,
+    blocks: int,
+    pairs: int,
+    own_pairs: int,
+    held: int,
+    held_tiles: int,
+    senders: int,
+    clocked: bool = False,
+):
     """The kernel and its signature.
 
     precision : "float16" or "bfloat16"
     blocks    : blocks per cluster
     pairs     : pairs of samples per cluster, at most SAMPLES // 2
-    held      : steps of a warp's first tile that are held in registers, an even number; 0 if none is
+    own_pairs : pairs of samples per thread in the cell update, 1 or 2
+    held      : steps of a held tile that are held in registers, an even number; 0 if none is
+    held_tiles : tiles of a warp that are held
+    senders   : warps of a team
     clocked   : measure the phases of a step (`tables.TURN_PHASES`), which costs time itself
 
     Arguments named `*_at` are byte addresses of the arrays above and of the status vector, in which an event beyond the
-    float16 range sets STATUS_LARGE, and outputs that do not arrive set STATUS_FAULT. clocks_at : (blocks, warps,
+    float16 range sets STATUS_LARGE, and outputs that do not arrive set STATUS_FAULT. `*_step` are the bytes from one
+    step to the next. clocks_at : (blocks, warps,
     `tables.TURN_PHASES`) int64, read if `clocked`
     """
     multiply, pack, widen = MULTIPLY[precision], PACK[precision], WIDEN[precision]
     limit = np.float32(FLOAT16_MAX if precision == "float16" else np.inf)
-    sums_row = 8 * pairs
-    hold_words = make_hold(max(1, held), load_readonly_words, STEP_BYTES)
-    hold_rows = make_hold(max(1, held // 2), load_row, 4 * 32)
-    held_product = make_held_product(max(1, held // 2), multiply)
+    sums_row, per_unit, held_steps = 8 * pairs, pairs // own_pairs, held * held_tiles
+    hold_words = make_hold(max(1, held_steps), load_readonly_words, STEP_BYTES)
+    hold_rows = make_hold(max(1, held_steps // 2), load_row, 4 * 32)
+    held_sums, other_sums = make_tiles(max(1, held_tiles), max(2, held), pairs, multiply)
+    load_drive, load_sums, store_pairs = LOAD_DRIVE[own_pairs], LOAD_SUMS[own_pairs], STORE_PAIRS[own_pairs]
     cycles = make_cycles(clocked)
+    # Whether parts are whole rows of y, which then need not be laid out.
+    part_row, whole, lay_out = 4 * pairs, 2 * pairs == SAMPLES, LAY_OUT[pairs]
 
     @device_function
-    def multiply_tile(values_at, units_at, steps, y_at, s0, s1, s2, s3):
-        """The product of steps of a tile with the outputs, plus the sums s0 to s3, as a fragment.
-
-        values_at, units_at : shared addresses of the weights of the first step, and of its units, for this lane
-        y_at                : shared address of the outputs
-        """
-        # Two sums, so that a product need not wait for the one before it.
-        t0 = t1 = t2 = t3 = ZERO
-        left = steps
-        while left > 1:
-            unit = load_shared_uint16(units_at)
-            b0, b1, b2, b3 = load_two_columns(int32(y_at + int32(ROW_BYTES) * unit))
-            a0, a1, a2, a3 = load_shared4(values_at)
-            e0, e1, e2, e3 = load_shared4(int32(values_at + int32(STEP_BYTES)))
-            s0, s1, s2, s3 = multiply(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
-            t0, t1, t2, t3 = multiply(e0, e1, e2, e3, b2, b3, t0, t1, t2, t3)
-            values_at = int32(values_at + int32(2 * STEP_BYTES))
-            units_at = int32(units_at + int32(2 * UNITS_BYTES))
-            left = int32(left - 2)
-        if left > 0:
-            # The addresses of the upper lanes are not used; one step follows the last one of a block.
-            unit = load_shared_uint16(units_at)
-            b0, b1 = load_one_column(int32(y_at + int32(ROW_BYTES) * unit))
-            a0, a1, a2, a3 = load_shared4(values_at)
-            s0, s1, s2, s3 = multiply(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
-        return s0 + t0, s1 + t1, s2 + t2, s3 + t3
+    def update(word_u, word_r, word_g, u0, u1, r0, r1, g0, g1, bias_u, bias_r, bias_g, bias_rec_g, c0, c1):
+        in_u, in_r, in_g = widen(word_u), widen(word_r), widen(word_g)
+        v0 = cell_before_event(in_u, in_r, in_g, u0, r0, g0, bias_u, bias_r, bias_g, bias_rec_g, c0)
+        in_u, in_r, in_g = widen(word_u >> int32(16)), widen(word_r >> int32(16)), widen(word_g >> int32(16))
+        return v0, cell_before_event(in_u, in_r, in_g, u1, r1, g1, bias_u, bias_r, bias_g, bias_rec_g, c1)
 
     def layer(
         blocks_at,
@@ -259,6 +202,9 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         pitch,
         batch,
         steps,
+        drive_step,
+        sent_step,
+        after_step,
         counts_at,
         status_at,
         clocks_at,
@@ -270,7 +216,8 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         shared = shared_base()
         base = int32(shared)
         n, tiles = int32(units), in_all_lanes(block[TILES])
-        y_at, y_size = int32(base + int32(block[AT_Y])), int32(ROW_BYTES) * int32(n + 1)
+        y_at, parts_at = int32(base + int32(block[AT_Y])), int32(block[AT_PARTS])
+        part_size = int32(ROW_BYTES) * int32(n + 1) if whole else int32((part_row * n + 15) // 16 * 16)
         tiles_at, sums_at = int32(base + int32(block[AT_TILES])), int32(base + int32(block[AT_SUMS]))
         all_values, all_units = int32(base + int32(block[AT_VALUES])), int32(base + int32(block[AT_UNITS]))
         copy_words16(shared + block[AT_VALUES], block[VALUES_OF], int64(STEP_BYTES) * block[STEPS], thread, threads)
@@ -280,155 +227,165 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
             target[word] = source[word]
             word = int32(word + threads)
         # The outputs of the state before the run.
-        word, target, outputs = thread, shared_int32(shared + block[AT_Y]), global_float32(outputs_at)
-        large = False
-        while word < y_size >> 2:
-            unit, sample = int64(word >> 2), first + 2 * int64(word & 3)
-            a = b = ZERO
-            if unit < units and (word & 3) < pairs:
-                if sample < batch:
-                    a = outputs[sample * outputs_pitch + unit]
-                if sample + 1 < batch:
-                    b = outputs[(sample + 1) * outputs_pitch + unit]
-            large = large or abs(a) > limit or abs(b) > limit
-            target[word] = pack(a, b)
-            target[int32(word + (y_size >> 2))] = int32(0)
-            word = int32(word + threads)
+        unit, outputs, large = int64(thread), global_float32(outputs_at), False
+        while unit <= units:
+            row = shared_int32(shared + block[AT_Y] + ROW_BYTES * unit)
+            odd_row = shared_int32(shared + block[AT_Y] + ROW_BYTES * unit + part_size)
+            for pair in range(SAMPLES // 2):
+                a = b = ZERO
+                sample = first + 2 * pair
+                if unit < units and pair < pairs:
+                    if sample < batch:
+                        a = outputs[sample * outputs_pitch + unit]
+                    if sample + 1 < batch:
+                        b = outputs[(sample + 1) * outputs_pitch + unit]
+                large = large or abs(a) > limit or abs(b) > limit
+                row[pair] = pack(a, b)
+                if whole:
+                    odd_row[pair] = int32(0)
+            unit += threads
+        # This warp's team, and whether this lane copies its outputs to the block of the lane's number.
+        team_rows, team_bytes, team_threads, team = load_readonly_words(block[TEAMS_OF] + 16 * int64(warp))
+        rank = int32(int64(cuda.blockIdx.x) % blocks)
+        copies = lane < blocks - 1 and lane % max(1, team_threads >> 5) == warp % senders
+        copied_to = int32(rank + 1 + lane)
+        if copied_to >= blocks:
+            copied_to = int32(copied_to - blocks)
+        arrives = lane == 0 and warp % senders == 0
         # What the other blocks send in a step.
-        step_bytes = int32(ROW_BYTES) * int32(n - int32(block[OWN_UNITS]))
+        step_bytes = int32(block[RECEIVED])
         if thread == 0:
-            barrier_init(base, int32(1))
-            barrier_init(int32(base + 8), int32(1))
+            barrier_init(base, int32(1 + block[TEAMS]))
+            barrier_init(int32(base + 8), int32(1 + block[TEAMS]))
             barrier_expect_bytes(base, step_bytes)
             barrier_expect_bytes(int32(base + 8), step_bytes)
             barrier_init_done()
-        wait_for_copies()
-        cuda.syncthreads()
-        cluster_arrive()
-        cluster_wait()
 
-        # The cells of this thread. Those beyond the samples or the units are computed, but not stored.
-        own, pair = int32(thread // pairs), int32(thread % pairs)
+        # The cells of this thread: of one unit in 2 * own_pairs samples. Those beyond the samples or the units are
+        # computed, but not stored.
+        own, pair = int32(thread // per_unit), int32(own_pairs * (thread % per_unit))
         mine = own < int32(block[OWN_UNITS])
         unit, sample = block[FIRST_UNIT] + own, first + 2 * pair
-        has_first, has_second = mine and sample < batch, mine and sample + 1 < batch
-        own_unit, sample_0, sample_1 = min(unit, units - 1), min(sample, batch - 1), min(sample + 1, batch - 1)
+        has_0, has_1, has_2, has_3 = (
+            mine and sample < batch,
+            mine and sample + 1 < batch,
+            mine and own_pairs > 1 and sample + 2 < batch,
+            mine and own_pairs > 1 and sample + 3 < batch,
+        )
+        own_unit = min(unit, units - 1)
         vectors, line = global_float32(vectors_at + 4 * own_unit), padded
         bias_u, bias_r, bias_g, bias_rec_g = vectors[0], vectors[line], vectors[2 * line], vectors[3 * line]
-        threshold = vectors[4 * line]
-        cells = global_float32(cells_at)
-        c0, c1 = cells[sample_0 * units + own_unit], cells[sample_1 * units + own_unit]
+        threshold, cells = vectors[4 * line], global_float32(cells_at + 4 * (sample * units + own_unit))
+        c0 = c1 = c2 = c3 = ZERO
+        if has_0:
+            c0 = cells[0]
+        if has_1:
+            c1 = cells[units]
+        if has_2:
+            c2 = cells[2 * units]
+        if has_3:
+            c3 = cells[3 * units]
         own = min(own, int32(block[OWN_UNITS] - 1))
         sums_u = int32(sums_at + int32(sums_row) * int32(own + int32(block[SHIFT_U])) + 8 * pair)
         sums_r = int32(sums_at + int32(sums_row) * int32(own + int32(block[SHIFT_R])) + 8 * pair)
         sums_g = int32(sums_at + int32(sums_row) * int32(own + int32(block[SHIFT_G])) + 8 * pair)
-        clusters, cluster = int64(cuda.gridDim.x) // blocks, int64(cuda.blockIdx.x) // blocks
-        gate, drive_step = 4 * pairs * units, 4 * pairs * columns * clusters
+        cluster, gate = int64(cuda.blockIdx.x) // blocks, 4 * pairs * units
         drive = drive_at + 4 * (pairs * (columns * cluster + own_unit) + pair)
-        next_u, next_r, next_g = (
-            load_readonly_word(drive),
-            load_readonly_word(drive + gate),
-            load_readonly_word(drive + 2 * gate),
-        )
-        sent_0 = sent_at + 4 * (sample_0 * pitch + own_unit)
-        after_0 = after_at + 4 * (sample_0 * units + own_unit)
-        own_y = int32(block[AT_Y]) + int32(ROW_BYTES) * int32(own_unit) + 4 * pair
-        own_rows = int32(int32(block[AT_Y]) + int32(ROW_BYTES) * int32(block[FIRST_UNIT]))
-        own_bytes = int32(ROW_BYTES) * int32(block[OWN_UNITS])
-        rank = int32(int64(cuda.blockIdx.x) % blocks)
+        next_u, next_v = load_drive(drive)
+        next_r, next_s = load_drive(drive + gate)
+        next_g, next_h = load_drive(drive + 2 * gate)
+        sent = sent_at + 4 * (sample * pitch + own_unit)
+        after = after_at + 4 * (sample * units + own_unit)
+        own_part = int32(base + parts_at + int32(part_row) * int32(own_unit) + 4 * pair)
+        team_at = int32(parts_at + team_rows)
         column, group = int32(lane & int32(3)), int32(lane >> int32(2))
         lane_sums = int32(sums_at + int32(sums_row) * group + 8 * column)
-        words = hold_words(block[HELD_OF] + int64(warp) * (held * STEP_BYTES) + 16 * int64(lane))
-        rows = hold_rows(block[HELD_ROWS_OF] + int64(warp) * (held // 2 * 4 * 32) + 4 * int64(lane))
+        lane_values, lane_units = int32(all_values + 16 * lane), int32(all_units + 2 * lane)
+        words = hold_words(block[HELD_OF] + int64(warp) * (held_steps * STEP_BYTES) + 16 * int64(lane))
+        rows = hold_rows(block[HELD_ROWS_OF] + int64(warp) * (held_steps // 2 * 4 * 32) + 4 * int64(lane))
+        wait_for_copies()
+        cuda.syncthreads()
+        cluster_arrive()
+        cluster_wait()
         events, ones = int32(0), int32(0)
         max_polls, steps32, t = int32(MAX_POLLS), int32(steps), int32(0)
         copied, waited, multiplied, met, updated = int64(0), int64(0), int64(0), int64(0), int64(0)
         while t < steps32:
             began = cycles()
             word_u, word_r, word_g = next_u, next_r, next_g
-            drive += drive_step * int64(int32(t + 1) < steps32)
-            next_u = load_readonly_word(drive)
-            next_r = load_readonly_word(drive + gate)
-            next_g = load_readonly_word(drive + 2 * gate)
+            word_v, word_s, word_h = next_v, next_s, next_h
+            if int32(t + 1) < steps32:
+                drive += drive_step
+            next_u, next_v = load_drive(drive)
+            next_r, next_s = load_drive(drive + gate)
+            next_g, next_h = load_drive(drive + 2 * gate)
             odd = t & int32(1)
             loads_done = cycles()
-            if blocks > 1 and t > 0:
+            if t > 0:
                 barrier = int32(base + 8 * odd)
                 if not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
                     global_int32(status_at + 8 * tables.STATUS_FAULT)[0] = 1
                     max_polls = int32(1)
                 if thread == 0:
                     barrier_expect_bytes(barrier, step_bytes)
-            # All lanes take part in loads of fragments. In the step before, the first lane alone started copies.
+            # All lanes take part in loads of fragments. In the step before, some lanes alone started copies.
             cuda.syncwarp(0xFFFFFFFF)
-            row_at = int32(y_at + odd * y_size)
+            row_at = int32(y_at + odd * part_size) if whole else y_at
+            if not whole and t > 0:
+                part, laid = int32(base + parts_at + odd * part_size), thread
+                while laid < n:
+                    lay_out(int32(part + int32(part_row) * laid), int32(row_at + int32(ROW_BYTES) * laid))
+                    laid = int32(laid + threads)
+                cuda.syncthreads()
             waits_done = cycles()
+            tables_at = tiles_at, lane_values, lane_units, row_at, lane_sums, column < pairs
             tile = warp
-            while tile < tiles:
-                slot, begin, length, _ = load_shared4(int32(tiles_at + 16 * tile))
-                s0 = s1 = s2 = s3 = ZERO
-                if held > 0 and tile < warps:
-                    s0, s1, s2, s3 = held_product(words, rows, row_at, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO)
-                left = in_all_lanes(length)
-                if left > 0:
-                    s0, s1, s2, s3 = multiply_tile(
-                        int32(all_values + int32(STEP_BYTES) * begin + 16 * lane),
-                        int32(all_units + int32(UNITS_BYTES) * begin + 2 * lane),
-                        left,
-                        row_at,
-                        s0,
-                        s1,
-                        s2,
-                        s3,
-                    )
-                if column < pairs:
-                    at = int32(lane_sums + int32(TILE * sums_row) * slot)
-                    store_shared_float2(at, s0, s1)
-                    store_shared_float2(int32(at + 8 * sums_row), s2, s3)
-                tile = int32(tile + warps)
+            if held_steps > 0:
+                held_sums(words, rows, tile, tiles, warps, *tables_at)
+                tile = int32(tile + held_tiles * warps)
+            other_sums(tile, tiles, warps, *tables_at)
             products_done = cycles()
             cuda.syncthreads()
             meeting_done = cycles()
-            y0 = y1 = ZERO
+            y0 = y1 = y2 = y3 = ZERO
             if mine:
-                rec_u0, rec_u1 = load_shared_float2(sums_u)
-                rec_r0, rec_r1 = load_shared_float2(sums_r)
-                rec_g0, rec_g1 = load_shared_float2(sums_g)
-                in_u, in_r, in_g = widen(word_u), widen(word_r), widen(word_g)
-                v0 = cell_before_event(in_u, in_r, in_g, rec_u0, rec_r0, rec_g0, bias_u, bias_r, bias_g, bias_rec_g, c0)
-                in_u, in_r, in_g = widen(word_u >> int32(16)), widen(word_r >> int32(16)), widen(word_g >> int32(16))
-                v1 = cell_before_event(in_u, in_r, in_g, rec_u1, rec_r1, rec_g1, bias_u, bias_r, bias_g, bias_rec_g, c1)
-                if has_first and v0 > threshold:
-                    y0 = v0
-                    v0 = v0 - threshold
-                if has_second and v1 > threshold:
-                    y1 = v1
-                    v1 = v1 - threshold
-                shared_int32(shared + own_y + int32(1 - odd) * y_size)[0] = pack(y0, y1)
-                c0, c1 = v0, v1
-                large = large or abs(y0) > limit or abs(y1) > limit
-                events = int32(events + int32(y0 != 0) + int32(y1 != 0))
-                ones = int32(ones + int32(y0 == 1) + int32(y1 == 1))
-            fence_copies()
-            cuda.syncthreads()
-            if int32(t + 1) < steps32 and lane == 0 and own_bytes > 0:
-                at, other = int32(own_rows + int32(1 - odd) * y_size), warp
-                while other < blocks:
-                    if other != rank:
-                        there = map_to_rank(base, other)
-                        copy_to_block(int32(there + at), int32(base + at), own_bytes, int32(there + 8 * int32(1 - odd)))
-                    other = int32(other + warps)
-            if mine:
-                if has_first:
-                    global_float32(sent_0)[0] = y0
-                    if after_at != 0:
-                        global_float32(after_0)[0] = c0
-                if has_second:
-                    global_float32(sent_0 + 4 * pitch)[0] = y1
-                    if after_at != 0:
-                        global_float32(after_0 + 4 * units)[0] = c1
-            sent_0 += 4 * batch * pitch
-            after_0 += 4 * batch * units
+                u0, u1, u2, u3 = load_sums(sums_u)
+                r0, r1, r2, r3 = load_sums(sums_r)
+                g0, g1, g2, g3 = load_sums(sums_g)
+                biases = bias_u, bias_r, bias_g, bias_rec_g
+                c0, c1 = update(word_u, word_r, word_g, u0, u1, r0, r1, g0, g1, *biases, c0, c1)
+                if own_pairs > 1:
+                    c2, c3 = update(word_v, word_s, word_h, u2, u3, r2, r3, g2, g3, *biases, c2, c3)
+                if has_0 and c0 > threshold:
+                    y0, c0 = c0, c0 - threshold
+                if has_1 and c1 > threshold:
+                    y1, c1 = c1, c1 - threshold
+                if has_2 and c2 > threshold:
+                    y2, c2 = c2, c2 - threshold
+                if has_3 and c3 > threshold:
+                    y3, c3 = c3, c3 - threshold
+                store_pairs(int32(own_part + int32(1 - odd) * part_size), pack(y0, y1), pack(y2, y3))
+                large = large or max(abs(y0), abs(y1), abs(y2), abs(y3)) > limit
+                events = int32(events + int32(y0 != 0) + int32(y1 != 0) + int32(y2 != 0) + int32(y3 != 0))
+                ones = int32(ones + int32(y0 == 1) + int32(y1 == 1) + int32(y2 == 1) + int32(y3 == 1))
+            if int32(t + 1) < steps32 and team_threads > 0:
+                fence_copies()
+                if senders > 1:
+                    warps_barrier(team, team_threads)
+                else:
+                    cuda.syncwarp(0xFFFFFFFF)
+                at, barrier = int32(team_at + int32(1 - odd) * part_size), int32(8 * int32(1 - odd))
+                if copies:
+                    there = map_to_rank(base, copied_to)
+                    copy_to_block(int32(there + at), int32(base + at), team_bytes, int32(there + barrier))
+                if arrives:
+                    barrier_arrive(int32(base + barrier))
+            store_outputs(has_0, sent, y0, after_at != 0, after, c0)
+            store_outputs(has_1, sent + 4 * pitch, y1, after_at != 0, after + 4 * units, c1)
+            store_outputs(has_2, sent + 8 * pitch, y2, after_at != 0, after + 8 * units, c2)
+            store_outputs(has_3, sent + 12 * pitch, y3, after_at != 0, after + 12 * units, c3)
+            sent += sent_step
+            after += after_step
             if clocked:
                 step_done = cycles()
                 copied += loads_done - began
@@ -442,10 +399,14 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
             at = len(tables.TURN_PHASES) * (int64(cuda.blockIdx.x) * warps + warp)
             clocks[at], clocks[at + 1], clocks[at + 2] = copied, waited, multiplied
             clocks[at + 3], clocks[at + 4] = met, updated
-        if has_first:
-            cells[sample_0 * units + own_unit] = c0
-        if has_second:
-            cells[sample_1 * units + own_unit] = c1
+        if has_0:
+            cells[0] = c0
+        if has_1:
+            cells[units] = c1
+        if has_2:
+            cells[2 * units] = c2
+        if has_3:
+            cells[3 * units] = c3
         if mine and counts_at != 0:
             add_relaxed(counts_at + 8 * unit, int64(events - ones))
             add_relaxed(counts_at + 8 * (units + unit), int64(ones))
@@ -455,4 +416,4 @@ def tensor_cluster_kernel(precision: str, blocks: int, pairs: int, held: int, cl
         cluster_arrive()
         cluster_wait()
 
-    return layer, types.void(*[types.int64] * 17)
+    return layer, types.void(*[types.int64] * 20)

@@ -76,6 +76,9 @@ store_shared_float2 = instruction(
     "st.shared.v2.f32 [$0], {$1, $2};", f"r,f,f,{MEMORY}", NOTHING, INT, types.float32, types.float32
 )
 
+#: shared address and a word
+store_shared_word = instruction("st.shared.b32 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
 #: address, a multiple of 16: four words of global memory that are read-only during the kernel
 load_readonly_words = instruction(
     "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", types.UniTuple(types.int32, 4), types.int64
@@ -83,6 +86,14 @@ load_readonly_words = instruction(
 
 #: the same for one word
 load_readonly_word = instruction("ld.global.nc.b32 $0, [$1];", "=r,l", INT, types.int64)
+
+#: address, a multiple of 8: two words of global memory that other blocks may be writing, each of which is read whole
+load_relaxed2 = instruction(
+    "ld.relaxed.gpu.global.v2.b32 {$0, $1}, [$2];", f"=r,=r,l,{MEMORY}", types.UniTuple(types.int32, 2), types.int64
+)
+
+#: address and a word: stores it visibly to other blocks; other memory operations are not ordered by it
+store_relaxed_word = instruction("st.relaxed.gpu.global.b32 [$0], $1;", f"l,r,{MEMORY}", NOTHING, types.int64, INT)
 
 #: shared address in a block of the cluster, own shared address, bytes, barrier of that block, which counts them: starts
 #: a copy; all are multiples of 16
