@@ -60,11 +60,12 @@ weights, which are read from L2 |
 
     With tensor cores (`gpu_phases.py --no-exact`, 8711b83), 64 streams and 1350 units, a step of a cluster of nine
     blocks takes 4170 cycles: 1000 wait for the outputs of the others, 1400 multiply, and 1700 update cells and send.
-    Every block receives 22 KB per step. Distributed shared memory takes about 1.8 cycles per 32 bytes, whatever the size
-    of a store: 1270 cycles. Every launch of the time loop costs 25 to 35 µs, in which the weights are loaded, and the
-    input products of the first steps are computed before it begins: 0.15 µs per step in a run of 1000. Eight clusters,
-    of eight streams each, must be resident: this GPU holds 15 of 8 blocks, 9 of 9, and 7 of 10 to 16. The clock of the
-    GPU was 1.5 to 1.8 GHz in these runs. One stream takes 1.32 µs this way at 1024 units (10c3d0b), 0.78 by events.
+    Every block receives 22 KB per step. Distributed shared memory takes about 1.8 cycles per 32 bytes, whatever the
+    size of a store: 1270 cycles. Every launch of the time loop costs 25 to 35 µs, in which the weights are loaded, and
+    the input products of the first steps are computed before it begins: 0.15 µs per step in a run of 1000. Eight
+    clusters, of eight streams each, must be resident: this GPU holds 15 of 8 blocks, 9 of 9, and 7 of 10 to 16. The
+    clock of the GPU was 1.5 to 1.8 GHz in these runs. One stream takes 1.32 µs this way at 1024 units (10c3d0b), 0.78
+    by events.
 
     Dense weights of few streams are held in the registers of all blocks (predicted 1.1 µs at 1344 units and one stream,
     1.3 with eight; found 1.57 and 3.11). Every block polls all outputs in L2, so the time grows with the streams.
