@@ -31,34 +31,44 @@ def every_cudnn() -> str:
     Rows with tensor cores have `exact=False`: weights and outputs are float16, as in cuDNN's fastest variants, and sums
     and cells float32. All other rows have the bits of the specification.
 
-    Rows that miss what was asked of them (at batch 1 2 times at 1024 units and 1.2 times with dense weights, 1.5 times
-    with 16 streams, 3 times with 64 streams of 1350 units; 2.5 times was asked at 768 and 1024 units):
+    Rows with tensor cores meet what was asked (2.5 times cuDNN with 64 streams of 768 and 1024 units, 3 times of 1350,
+    1.2 times with dense weights). Rows that miss it (at batch 1 2 times at 1024 units and 1.2 times with dense weights,
+    1.5 times with 16 streams, 2.5 and 3 times with 64):
 
     | row | predicted | found | what is left |
     | --- | --- | --- | --- |
     | 1024 units, one stream | 0.75 µs | 0.78 µs, 1.54 times (1.69 at 445640a) | a chain of latencies, see below |
-    | dense, 1344 units | 2.4 µs, 1.03 times | 2.76 µs, 0.92 times; before its product was pipelined (5fc34ff) 0.90 | \
-blocks wait through global memory; a warp adds 134 terms in order, by its instructions in 950 cycles, before in 1500 |
-    | 1024 units, 16 streams | 1.5 µs, 1.35 times | 1.56 µs, 1.31 times | the recurrent kernel takes 2120 \
+    | dense, 1344 units, exact | 2.4 µs, 1.03 times | 2.76 µs, 0.92 times; before its product was pipelined (5fc34ff) \
+0.90 | blocks wait through global memory; a warp adds 134 terms in order, by its instructions in 950 cycles, before in \
+1500 |
+    | 1024 units, 16 streams, exact | 1.5 µs, 1.35 times | 1.56 µs, 1.31 times | the recurrent kernel takes 2120 \
 cycles (1.1 µs): products 1036, wait for other blocks 486, cells 508; the rest is the input product, with 190 \
 instructions per strip and sample |
-    | the same, tensor cores | 1.2 µs | 1.42 to 1.45 µs in trial runs, about 1.43 times | 2500 cycles: \
-wait 560 to 700, products 500, cells with the copies to 15 other blocks 720; 0.2 µs are the input product |
+    | the same, tensor cores | 1.29 µs, 1.59 times | 1.33 µs in a trial run, 1.54 times the 2.05 µs of the row above; \
+no line beside cuDNN yet | 1910 cycles: wait 980, products 480, cells with the copies to 15 other blocks 390 |
     | 64 streams, 768, 1024 and 1350 units, exact | 4.0, 5.3 and 8.0 µs | 3.66, 4.87 and 6.84 µs; 1.90, 1.58 \
 and 1.30 times | 200 to 300 instructions per strip and sample; two multiprocessors per stream do not hold its \
 weights, which are read from L2 |
-    | 64 streams, 1350 units, tensor cores | 2.0 µs, 4.4 times | 3.67 µs, 2.44 times (3.45 µs in a shorter trial run) \
-| 5100 cycles, see below; 0.7 µs are the input product |
 
-    With tensor cores (`gpu_phases.py --no-exact`, trial runs), 64 streams and 1350 units, a step of a cluster of nine
-    blocks waits 900 cycles for the outputs of the others, multiplies for 1500 to 1900, and updates cells and sends
-    for 1750. Every block receives 22 KB per step. Distributed shared memory takes about 1.8 cycles per 32 bytes,
-    whatever the size of a store: 1270 cycles. Copies of whole slices (`cp.async.bulk`) are no faster than `st.async`
-    of four bytes per lane, but leave the threads free: the recurrent kernel took 1.31 beside 1.40 µs at 1024 units
-    and 16 streams. Products are bound by shared memory, from which 168 of 288 steps of weights are read (the others
-    are held in registers) and all outputs. Loading what the next steps read ahead of time made them 5 % slower. Eight
-    clusters, of eight streams each, must be resident: this GPU holds 15 of 8 blocks, 9 of 9, and 7 of 10 to 16. One
-    stream takes 1.32 µs this way at 1024 units, 0.78 by events.
+    What brought 64 streams of 1350 units from 3.67 µs (10c3d0b) to 2.79, in trial runs of one hour: input products side
+    by side with the time loop, on the 60 multiprocessors that it leaves free, 3.3 to 3.0 µs (predicted 2.9); half the
+    warps, each with two tiles in registers and twice the cells per thread, 2.9 to 2.7 (predicted 2.6). Blocks that send
+    the outputs of a team of warps as soon as it has them, or word by word with `st.async`, are as fast as those that
+    send all at once: the warps of a block take turns and end together. Fewer than eight samples per cluster are
+    exchanged without padding: 16 streams of 1024 units took 1.51 µs before and 1.33 after. At 512 and 768 units 64
+    streams took 1.08 and 1.48 µs in trial runs; the row of 768 units is older.
+
+    With tensor cores (`gpu_phases.py --no-exact`, 8711b83), 64 streams and 1350 units, a step of a cluster of nine
+    blocks takes 4170 cycles: 1000 wait for the outputs of the others, 1400 multiply, and 1700 update cells and send.
+    Every block receives 22 KB per step. Distributed shared memory takes about 1.8 cycles per 32 bytes, whatever the
+    size of a store: 1270 cycles. Every launch of the time loop costs 25 to 35 µs, in which the weights are loaded, and
+    the input products of the first steps are computed before it begins: 0.15 µs per step in a run of 1000. Eight
+    clusters, of eight streams each, must be resident: this GPU holds 15 of 8 blocks, 9 of 9, and 7 of 10 to 16. The
+    clock of the GPU was 1.5 to 1.8 GHz in these runs. One stream takes 1.32 µs this way at 1024 units (10c3d0b), 0.78
+    by events.
+
+    Dense weights of few streams are held in the registers of all blocks (predicted 1.1 µs at 1344 units and one stream,
+    1.3 with eight; found 1.57 and 3.11). Every block polls all outputs in L2, so the time grows with the streams.
 
     Samples of all warps at 1024 units, by `ncu`, before the last changes of the kernel: a third wait for the outputs of
     the other blocks, a quarter for the result of the instruction before, 9 % for the barrier of the block, 8 % for
@@ -70,7 +80,7 @@ weights, which are read from L2 |
     product.
     """
     lines, rows = read("cudnn_persistent"), []
-    sizes = product(("block", "dense"), (1, 16, 64), (512, 768, 1024, 1344, 1350, 1536), (True, False))
+    sizes = product(("block", "dense"), (1, 8, 16, 64), (512, 768, 1024, 1344, 1350, 1536), (True, False))
     for format, batch, hidden, exact in sizes:
         line = last(lines, format=format, batch=batch, hidden=hidden, exact=exact)
         if line is None:

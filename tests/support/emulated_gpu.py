@@ -156,7 +156,6 @@ def _count_arrival(address, number) -> np.int32:
 SHORT_ADDRESSES = {
     "load_shared": lambda at: np.int32(fake_gpu.ints(_whole(at), 1)[0]),
     "load_shared_uint16": lambda at: np.int32(fake_gpu.half(_whole(at), 1, "float16")[0]),
-    "load_shared2": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 2))),
     "load_shared4": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 4))),
     "load_shared_float": lambda at: np.float32(fake_gpu.floats(_whole(at), 1)[0]),
     "store_shared2": lambda at, a, b: ctypes.memmove(_whole(at), struct.pack("<ii", int(a), int(b)), 8),
@@ -333,6 +332,7 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         id(tensor_core_ptx.load_two_columns): _load_columns(4),
         id(tensor_core_ptx.load_one_column): _load_columns(2),
         id(tensor_core_ptx.store_shared_float2): _store_two,
+        id(tensor_core_ptx.load_shared2): lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 2))),
         id(tensor_core_ptx.load_relaxed2): _load_relaxed2,
         id(tensor_core_ptx.store_relaxed_word): _store_word,
         id(tensor_core_ptx.store_shared_word): lambda at, word: _store_word(_whole(at), word),

@@ -501,9 +501,6 @@ load_shared_float2 = _shared_load(FLOAT, types.float32, 2)
 #: shared address -> uint16 as int32
 load_shared_uint16 = _shared_load(I16, types.int32, widened=True)
 
-#: shared address, a multiple of 8 -> two int32
-load_shared2 = _shared_load(I32, types.int32, 2)
-
 #: shared address, a multiple of 16 -> four int32
 load_shared4 = _shared_load(I32, types.int32, 4)
 

@@ -12,7 +12,6 @@ from eventrnn.cuda.kernels.ptx import (
     global_float32,
     load_readonly2,
     load_shared,
-    load_shared2,
     load_shared4,
     load_shared_float2,
     load_shared_uint16,
@@ -22,6 +21,7 @@ from eventrnn.cuda.kernels.tensor_core_cells import ONE
 from eventrnn.cuda.kernels.tensor_core_ptx import (
     load_one_column,
     load_readonly_word,
+    load_shared2,
     load_two_columns,
     store_shared_float2,
     store_shared_word,
@@ -184,56 +184,55 @@ def make_tiles(count: int, held: int, pairs: int, multiply):
 
 
 @device_function
-def load_drive_of_pair(address):
+def _load_drive_of_pair(address):
     return load_readonly_word(address), int32(0)
 
 
 @device_function
-def load_sums_of_pair(address):
+def _load_sums_of_pair(address):
     a, b = load_shared_float2(address)
     return a, b, ZERO, ZERO
 
 
 @device_function
-def load_sums_of_two(address):
+def _load_sums_of_two(address):
     a, b, c, d = load_shared4(address)
     return libdevice.int_as_float(a), libdevice.int_as_float(b), libdevice.int_as_float(c), libdevice.int_as_float(d)
 
 
 @device_function
-def store_pair(address, word, _):
+def _store_pair(address, word, _):
     store_shared_word(address, word)
 
 
-#: by pairs of samples per thread: address of input products -> the word of each pair; a second one is zero if there is
-#: none
-LOAD_DRIVE = {1: load_drive_of_pair, 2: load_readonly2}
-
-#: shared address of sums -> four numbers, likewise
-LOAD_SUMS = {1: load_sums_of_pair, 2: load_sums_of_two}
-
-#: shared address and two words, of which the second one is dropped if there is one pair
-STORE_PAIRS = {1: store_pair, 2: store_shared2}
-
-
 @device_function
-def lay_out_pair(part, row):
+def _lay_out_pair(part, row):
     store_shared_word(row, load_shared(part))
 
 
 @device_function
-def lay_out_two(part, row):
+def _lay_out_two(part, row):
     a, b = load_shared2(part)
     store_shared2(row, a, b)
 
 
 @device_function
-def lay_out_four(part, row):
+def _lay_out_four(part, row):
     """Nothing: four pairs are a whole row."""
 
 
+#: by pairs of samples per thread: address of input products -> the word of each pair; a second one is zero if there is
+#: none
+LOAD_DRIVE = {1: _load_drive_of_pair, 2: load_readonly2}
+
+#: shared address of sums -> four numbers, likewise
+LOAD_SUMS = {1: _load_sums_of_pair, 2: _load_sums_of_two}
+
+#: shared address and two words, of which the second one is dropped if there is one pair
+STORE_PAIRS = {1: _store_pair, 2: store_shared2}
+
 #: by pairs of samples per cluster: shared addresses of the outputs of a unit and of its row of y, into which they go
-LAY_OUT = {1: lay_out_pair, 2: lay_out_two, 4: lay_out_four}
+LAY_OUT = {1: _lay_out_pair, 2: _lay_out_two, 4: _lay_out_four}
 
 
 @device_function

@@ -76,6 +76,9 @@ store_shared_float2 = instruction(
     "st.shared.v2.f32 [$0], {$1, $2};", f"r,f,f,{MEMORY}", NOTHING, INT, types.float32, types.float32
 )
 
+#: shared address, a multiple of 8 -> two words
+load_shared2 = instruction("ld.shared.v2.b32 {$0, $1}, [$2];", f"=r,=r,r,{MEMORY}", types.UniTuple(types.int32, 2), INT)
+
 #: shared address and a word
 store_shared_word = instruction("st.shared.b32 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
 
