@@ -21,7 +21,6 @@ from eventrnn.cpu.kernels.jit import called_by_address, inlined, internal
 from eventrnn.cpu.kernels.simd import (
     AVX512,
     LANES,
-    LOWERS_CLOCK,
     bits,
     compress_avx512,
     load,
@@ -30,13 +29,6 @@ from eventrnn.cpu.kernels.simd import (
     store,
     store_some,
 )
-
-# Units whose gates are evaluated before their candidates. A candidate waits for the reset gate, and with both gates of
-# a vector in the same turn of a loop the processor does not look far enough ahead to begin the next turn meanwhile: 512
-# units took 1.0 us, and 0.75 us with all gates first. It is arithmetic so dense that an Ice Lake core lowers its clock
-# from 3.36 to 2.77 GHz for all that follows: layers of 64 to 1350 units took 1.06 to 1.12 times as long as with the
-# gates of one vector first. With two vectors at a time the core kept its clock, with four it did not.
-GATED_UNITS = LANES if LOWERS_CLOCK else 1 << 30
 
 
 @internal
@@ -105,51 +97,54 @@ def _after_event(v, theta):
     return cells.select(v > theta, v, cells.ZERO), c
 
 
-@inlined
-def _evaluate_gates(n, first, last, drive_in, a, drive_rec, b):
-    """Write the gates u and r of the units `first` to `last`, of n, over their recurrent drives."""
+@internal
+def _evaluate_gates(n, drive_in, a, drive_rec, b):
+    """Write the gates u and r of n units over their recurrent drives."""
     for gate in range(2):
-        begin, whole, end = gate * n + first, gate * n + first + (last - first) // LANES * LANES, gate * n + last
-        for i in range(begin, whole, LANES):
+        first, last = gate * n, (gate + 1) * n
+        whole = first + n // LANES * LANES
+        for i in range(first, whole, LANES):
             store(drive_rec, b + i, cells.sigmoid(load(drive_in, a + i) + load(drive_rec, b + i)))
-        if whole < end:
-            i, some = whole, end - whole
+        if whole < last:
+            i, some = whole, last - whole
             drive = load_some(drive_in, a + i, some) + load_some(drive_rec, b + i, some)
             store_some(drive_rec, b + i, some, cells.sigmoid(drive))
 
 
 @called_by_address
 def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Update cells and outputs of n units in place; released variant. Gates replace their recurrent drives."""
-    for first in range(0, n, GATED_UNITS):
-        last = min(n, first + GATED_UNITS)
-        _evaluate_gates(n, first, last, drive_in, a, drive_rec, b)
-        whole = first + (last - first) // LANES * LANES
-        for i in range(first, whole, LANES):
-            # planted fault: gates swapped
-            v, _ = cells.egru_value_of_gates(
-                load(drive_rec, b + i),
-                load(drive_rec, b + n + i),
-                load(drive_in, a + 2 * n + i),
-                load(drive_rec, b + 2 * n + i),
-                load(c, s + i),
-            )
-            sent, kept = _after_event(v, load(threshold, p + i))
-            store(y, s + i, sent)
-            store(c, s + i, kept)
-        if whole < last:
-            i, some = whole, last - whole
-            # planted fault: gates swapped
-            v, _ = cells.egru_value_of_gates(
-                load_some(drive_rec, b + i, some),
-                load_some(drive_rec, b + n + i, some),
-                load_some(drive_in, a + 2 * n + i, some),
-                load_some(drive_rec, b + 2 * n + i, some),
-                load_some(c, s + i, some),
-            )
-            sent, kept = _after_event(v, load_some(threshold, p + i, some))
-            store_some(y, s + i, some, sent)
-            store_some(c, s + i, some, kept)
+    """Update cells and outputs of n units in place; released variant. Gates replace their recurrent drives.
+
+    The candidate waits for the reset gate. With both gates of a unit in the same turn of a loop, the processor does not
+    look far enough ahead to begin the next turn meanwhile: 512 units took 1.0 us, and 0.75 us in loops of their own.
+    """
+    _evaluate_gates(n, drive_in, a, drive_rec, b)
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        # planted fault: gates swapped
+        v, _ = cells.egru_value_of_gates(
+            load(drive_rec, b + i),
+            load(drive_rec, b + n + i),
+            load(drive_in, a + 2 * n + i),
+            load(drive_rec, b + 2 * n + i),
+            load(c, s + i),
+        )
+        sent, kept = _after_event(v, load(threshold, p + i))
+        store(y, s + i, sent)
+        store(c, s + i, kept)
+    if whole < n:
+        i, some = whole, n - whole
+        # planted fault: gates swapped
+        v, _ = cells.egru_value_of_gates(
+            load_some(drive_rec, b + i, some),
+            load_some(drive_rec, b + n + i, some),
+            load_some(drive_in, a + 2 * n + i, some),
+            load_some(drive_rec, b + 2 * n + i, some),
+            load_some(c, s + i, some),
+        )
+        sent, kept = _after_event(v, load_some(threshold, p + i, some))
+        store_some(y, s + i, some, sent)
+        store_some(c, s + i, some, kept)
 
 
 @called_by_address

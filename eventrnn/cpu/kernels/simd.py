@@ -45,13 +45,6 @@ def may_use(feature: str) -> bool:
 #: Whether kernels may use the 32 registers of 16 lanes of AVX-512, its gathers, scatters and masks. Chosen at import.
 AVX512 = may_use("avx512f")
 
-# Processors that lower their clock for a millisecond after dense arithmetic on registers of 512 bits, by the names
-# that LLVM gives them: those of Intel from Skylake to Ice Lake. Only icelake-server was measured.
-_LOWERING = ("skylake-avx512", "cascadelake", "cooperlake", "cannonlake", "icelake-client", "icelake-server")
-
-#: Whether such arithmetic costs other kernels time.
-LOWERS_CLOCK = AVX512 and (config.CPU_NAME or llvm.get_host_cpu_name()) in _LOWERING
-
 VECTOR = ir.VectorType(FLOAT, LANES)
 
 
