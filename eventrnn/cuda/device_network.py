@@ -161,8 +161,9 @@ class DeviceNetwork:
 
     def tensor_able(self, batch: int) -> list[int]:
         """The layers that may go through tensor cores with so many samples."""
-        # Few streams: the tables of tensor cores, and cuBLAS, are not made unless a layer has a plan.
-        if batch < MIN_STREAMS and not any(has_grid(each, batch, self.chip) for each in self.network.layers):
+        # Few streams: tables of tensor cores, and cuBLAS, are not made unless registers of the GPU may hold a layer.
+        reasons = zip(self.network.layers, self.exact_because, strict=True)
+        if batch < MIN_STREAMS and not any(why is None and has_grid(each, batch, self.chip) for each, why in reasons):
             return []
         able = [(k, layer) for k, layer in enumerate(self.tensors) if layer is not None]
         return [k for k, layer in able if batch >= MIN_STREAMS or layer.grid(batch) is not None]

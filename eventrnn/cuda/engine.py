@@ -293,16 +293,17 @@ class CudaEngine:
 
     def _longest(self, batch: int, record_states: bool) -> int:
         """The most time steps whose buffers stay below `RECORD_BYTES`."""
-        row = sum(
-            pitch_of(n) * (1 + layer.cell.reset_first) for n, layer in zip(self.units, self.network.layers, strict=True)
-        )
+        layers = self.network.layers
+        row = sum(pitch_of(n) * (1 + layer.cell.reset_first) for n, layer in zip(self.units, layers, strict=True))
         # Drives of the first layer, and of every layer with a cluster of its own for its input.
         row += sum(g * n for g, n in zip(self.packed.gates, self.units, strict=True))
         row += sum(self.units) if record_states else 0
         # The partial counts of tensor-core layers: two bytes per two units and, at most, per sample.
         row += sum(-(-n // (2 * LANES)) * LANES // 2 for n in self.units) if self.precision else 0
+        # Their rounded inputs and, where the registers of the GPU hold a layer, its log, which has less than this.
+        row += sum(pitch_of(each.inputs) + 2 * pitch_of(each.units) for each in layers) if self.precision else 0
         # Event lists of the input, where they are found on the GPU.
-        row += 2 * (self.network.layers[0].inputs + LANES)
+        row += 2 * (layers[0].inputs + LANES)
         if self.network.readout is not None:
             row += self.network.readout.weights.shape[1]
         # Event lists of a layer, for the read-out and for input drives that are computed before their layer.

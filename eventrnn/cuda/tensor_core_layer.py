@@ -1,9 +1,11 @@
-"""Layers on tensor cores, for several streams: products of rounded numbers, cells and events in float32.
+"""Layers on tensor cores: products of rounded numbers, cells and events in float32.
 
 Not exact: weights, inputs and events are rounded to `precision`. Where the kept weights fit into the shared memory of
-one cluster of blocks, all steps are one kernel (`tensor_core_loop.py`). Otherwise products are dense: cuBLAS sums them
-in float32, in an order of its own, and rounds the sums to `precision`. A step is then one product and one kernel, which
-updates the cells and counts the events, and the input drives of many steps are computed in one product.
+one cluster of blocks, all steps are one kernel (`tensor_core_loop.py`). Otherwise products are dense. With few streams
+the weights may fit into the registers of the GPU, and all steps are one kernel too (`tensor_core_grid.py`). The other
+products, and the input products of both, are those of cuBLAS, which sums in float32, in an order of its own, and rounds
+the sums to `precision`. A step is then one product and one kernel, which updates the cells and counts the events, and
+the input drives of many steps are computed in one product.
 """
 
 from __future__ import annotations

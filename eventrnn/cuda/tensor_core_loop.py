@@ -89,37 +89,37 @@ class TileLoop:
         self, buffers: RunBuffers, k: int, table, row_of, after, sent: tuple[int, int], counts: int, status
     ) -> None:
         """Put all steps of layer k on the stream; see `TensorLayer.enqueue`."""
-        steps, batch, device = buffers.steps, buffers.batch, self.device
+        batch, device = buffers.batch, self.device
         pairs, clusters, columns = self.plan.pairs, self.plan.clusters(batch), TILE * self.w_in.count
         spare = spare_multiprocessors(self.plan, batch, device.multiprocessors)
         # The drives of a chunk are computed while the time loop reads those of the chunk before from another buffer.
         count = 2 if spare else 1
-        parts = chunks(steps, max(1, DRIVE_BYTES // (4 * pairs * clusters * columns)), spare > 0)
-        shape = max(map(len, parts)) * clusters, columns, pairs
-        drives = [buffers.scratch(("drives", k, part), shape, np.int32) for part in range(min(count, len(parts)))]
+        found = chunks(buffers.steps, max(1, DRIVE_BYTES // (4 * pairs * clusters * columns)), spare > 0)
+        shape = max(map(len, found)) * clusters, columns, pairs
+        drives = [buffers.scratch(("drives", k, number), shape, np.int32) for number in range(min(count, len(found)))]
         if k == 0:
             source = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
         else:
             source = buffers.event_logs[k - 1][1:].data.ptr, pitch_of(self.w_in.inputs), 0, 0
 
-        def enqueue_drives(part: int, **where: Any) -> None:
-            sizes = batch * parts[part].start, len(parts[part]) * clusters, batch, clusters
-            self._run_drives(k > 0, *source, *sizes, pairs, drives[part % count].data.ptr, status.data.ptr, **where)
+        def enqueue_drives(number: int, **where: Any) -> None:
+            sizes = batch * found[number].start, len(found[number]) * clusters, batch, clusters
+            self._run_drives(k > 0, *source, *sizes, pairs, drives[number % count].data.ptr, status.data.ptr, **where)
 
         enqueue_drives(0)
-        for part, own in enumerate(parts):
+        for number, chunk in enumerate(found):
             free = device.queue.record()
-            drive = drives[part % count].data.ptr
-            self._enqueue_steps(buffers, k, own, drive, after, sent, counts, status)
-            if part + 1 == len(parts):
+            drive = drives[number % count].data.ptr
+            self._enqueue_steps(buffers, k, chunk, drive, after, sent, counts, status)
+            if number + 1 == len(found):
                 return
             if not spare:
-                enqueue_drives(part + 1)
+                enqueue_drives(number + 1)
                 continue
             # The time loop was launched before, so that its clusters find their multiprocessors free.
             stream, queue = self._side
             queue.wait_event(free)
-            enqueue_drives(part + 1, most=spare, stream=stream)
+            enqueue_drives(number + 1, most=spare, stream=stream)
             device.queue.wait_event(queue.record())
 
     @cached_property
@@ -140,11 +140,11 @@ class TileLoop:
         """
         inputs, device = self.w_in.inputs, self.device
         *source, row_0, groups, batch, clusters, pairs, drive, status = arguments
-        own = next(each for each in GROUPS if each * ROW_BYTES * (inputs + 1) <= device.shared_bytes)
-        blocks = -(-groups // own)
+        groups_each = next(each for each in GROUPS if each * ROW_BYTES * (inputs + 1) <= device.shared_bytes)
+        blocks = -(-groups // groups_each)
         kernel = device.kernel(
-            ("drives of tiles", self.precision, own, dense),
-            partial(drives_kernel, self.precision, own, dense),
+            ("drives of tiles", self.precision, groups_each, dense),
+            partial(drives_kernel, self.precision, groups_each, dense),
             DRIVE_THREADS,
         )
         sizes = row_0, groups, batch, clusters, inputs
@@ -154,26 +154,26 @@ class TileLoop:
             blocks if most is None else min(blocks, most),
             DRIVE_THREADS,
             *arguments,
-            shared=own * ROW_BYTES * (inputs + 1),
+            shared=groups_each * ROW_BYTES * (inputs + 1),
             stream=stream,
         )
 
     def _enqueue_steps(
-        self, buffers: RunBuffers, k: int, own: range, drive: int, after, sent: tuple[int, int], counts: int, status
+        self, buffers: RunBuffers, k: int, chunk: range, drive: int, after, sent: tuple[int, int], counts: int, status
     ) -> None:
         """Put some steps of the time loop on the stream. drive : address of their input drives"""
         sent_at, pitch = sent
         batch, columns = buffers.batch, TILE * self.w_in.count
         row = 4 * batch * pitch
         outputs = buffers.outputs[k].data.ptr, self.units
-        before = (sent_at + (own.start - 1) * row, pitch) if own.start else outputs
+        before = (sent_at + (chunk.start - 1) * row, pitch) if chunk.start else outputs
         addresses = self._blocks, self.vectors.data.ptr, drive, buffers.cells[k].data.ptr
-        after_at = 0 if after is None else after[own.start].data.ptr
+        after_at = 0 if after is None else after[chunk.start].data.ptr
         clusters = self.plan.clusters(batch)
         bytes_per_step = 4 * self.plan.pairs * columns * clusters, row, 4 * batch * self.units
-        sizes = self.units, self.vectors.shape[1], columns, pitch, batch, len(own), *bytes_per_step
+        sizes = self.units, self.vectors.shape[1], columns, pitch, batch, len(chunk), *bytes_per_step
         clocks = 0 if self.clocks is None else self.clocks.data.ptr
-        arguments = *addresses, *before, sent_at + own.start * row, after_at, *sizes, counts, status.data.ptr, clocks
+        arguments = *addresses, *before, sent_at + chunk.start * row, after_at, *sizes, counts, status.data.ptr, clocks
         self._run_clusters(clusters, arguments)
 
     def _run_clusters(self, clusters: int, arguments: tuple[int, ...]) -> None:

@@ -36,7 +36,7 @@ MAX_THREADS, TILE_WARPS = 1024, {1: 16, 2: 12}
 # Tiles of a warp that are held in registers, at most.
 MAX_HELD_TILES = 2
 
-# Warps of a team, whose outputs are copied together.
+# Warps of a team, whose outputs are copied together. A block of MAX_THREADS may have 15 teams, one per barrier.
 SENDERS = 4
 
 # Cycles on an H200: latencies of a step, the copies of a pair of outputs of one unit to all blocks of a cluster, the

@@ -49,3 +49,22 @@ def check_bound(precision: str, network: Network, x: np.ndarray, clusters: bool 
     assert 0.02 < np.mean(result.activity) < 0.98
     if precision == "float16":
         assert inside <= tolerance.INSIDE_MARGIN * total
+
+
+def check_goes_on(network: Network, inputs: np.ndarray, shorten) -> None:
+    """Compare a whole run with one of several chunks, and with several runs: the same events, states and counts.
+
+    inputs  : (40, batch, n)
+    shorten : makes chunks shorter from then on
+    """
+    batch = inputs.shape[1]
+    whole = through_tensor_cores(network, batch).run(inputs, record=("events", "states"))
+    shorten()
+    for lengths in ((40,), (1, 22, 17)):
+        simulator, begin = through_tensor_cores(network, batch), 0
+        for length in lengths:
+            part = simulator.run(inputs[begin : begin + length], record=("events", "states"))
+            assert np.array_equal(part.states[0], whole.states[0][begin : begin + length])
+            assert np.array_equal(part.fired[0].total, (part.events[0].to_dense() != 0).sum(axis=(0, 1)))
+            begin += length
+        assert np.array_equal(simulator.state.cells[0], whole.state.cells[0])

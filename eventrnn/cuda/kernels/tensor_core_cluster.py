@@ -166,8 +166,7 @@ def tensor_cluster_kernel(
 
     Arguments named `*_at` are byte addresses of the arrays above and of the status vector, in which an event beyond the
     float16 range sets STATUS_LARGE, and outputs that do not arrive set STATUS_FAULT. `*_step` are the bytes from one
-    step to the next. clocks_at : (blocks, warps,
-    `tables.TURN_PHASES`) int64, read if `clocked`
+    step to the next. clocks_at : (blocks, warps, `tables.TURN_PHASES`) int64, written if `clocked`
     """
     multiply, pack, widen = MULTIPLY[precision], PACK[precision], WIDEN[precision]
     limit = np.float32(FLOAT16_MAX if precision == "float16" else np.inf)

@@ -58,7 +58,7 @@ def make_fill_from_lists(precision: str, own_groups: int):
     row_0     : the row of the list set that is the first one of group 0
     first     : the first group of the block
     width     : samples per cluster
-    large     : whether this thread found a finite value beyond the float16 range
+    large     : whether this thread found a value beyond the float16 range
     """
     pack, limit = PACK[precision], np.float32(FLOAT16_MAX if precision == "float16" else np.inf)
 
